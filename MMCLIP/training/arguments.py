@@ -1,0 +1,189 @@
+"""What a run can be told: each key has one home, and a YAML file and the command line set the same keys."""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..configuration_mmclip import MMCLIPConfig
+
+
+def _option(help_text: str, default=None):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help_text})
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class ModelArguments:
+    """What changes the weights or the forward. A field left out has the value of MMCLIPConfig, where it is explained."""
+
+    model_name_or_path: str | None = _option("An MMCLIP checkpoint to go on from; the fields below then must be left out")
+    vision_model_name_or_path: str | None = _option("A pretrained vision tower; the text tower needs one too")
+    text_model_name_or_path: str | None = _option(
+        "A pretrained text tower with its tokenizer; package://NAME/FOLDER is a folder of an installed Python package"
+    )
+    vision_config: str | None = _option("Fields of a new vision tower, among them `model_type` (YAML map or JSON)")
+    text_config: str | None = _option("Fields of a new text tower, among them `model_type` (YAML map or JSON)")
+    vision_stem: str | None = _option("patch or convolution")
+    projection_dim: int | None = _option("Size of the shared space")
+    image_pooling: str | None = _option("mean or cls")
+    text_pooling: str | None = _option("mean or cls")
+    logit_scale_init_value: float | None = _option("Initial log of the inverse temperature")
+    decoder_hidden_size: int | None = _option("Width of the AttMIM and EntMLM decoders")
+    decoder_num_layers: int | None = _option("Their layers")
+    decoder_num_heads: int | None = _option("Their attention heads")
+    mim_masking: str | None = _option("attention or random")
+    mim_mask_ratio: float | None = _option("Share of the patches that AttMIM hides")
+    mim_attended_share: float | None = _option("Share of the hidden patches from the more attended half")
+    contrastive_weight: float | None = _option("Factor of the contrastive loss; 0 leaves the branch out")
+    mim_weight: float | None = _option("Factor of the AttMIM loss; 0 leaves the branch out")
+    mlm_weight: float | None = _option("Factor of the EntMLM loss; 0 leaves the branch out")
+    prompt_weight: float | None = _option("Factor of the disease-kind prompt loss; 0 leaves the branch out")
+    initializer_range: float | None = _option("Standard deviation of new weights")
+
+    def __post_init__(self):
+        self.vision_config = _parse_json(self.vision_config, "vision_config")
+        self.text_config = _parse_json(self.text_config, "text_config")
+        for part in ("vision", "text"):
+            path = getattr(self, f"{part}_model_name_or_path")
+            setattr(self, f"{part}_model_name_or_path", resolve_path(path))
+            if path is not None and getattr(self, f"{part}_config") is not None:
+                raise ValueError(f"Give `{part}_model_name_or_path` or `{part}_config`, not both.")
+        if self.model_name_or_path is not None and (given := self.config_fields()):
+            raise ValueError(
+                f"`model_name_or_path` brings its own config, so {', '.join(given)} would change nothing. Leave them out."
+            )
+
+    def config_fields(self) -> dict:
+        """The fields of MMCLIPConfig that were given."""
+        names = {item.name for item in fields(MMCLIPConfig)}
+        given = {item.name: getattr(self, item.name) for item in fields(self) if item.name in names}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass
+class DataArguments:
+    """Which images and texts, and what the batch is made of."""
+
+    train_manifest: list[str] = _option("Manifest files (CSV, TSV, Parquet, JSON lines) to train on", [])
+    train_split: str = _option("Rows with this `split` are trained on", "train")
+    validation_manifest: list[str] = _option("Manifest files to choose the best checkpoint on", [])
+    validation_split: str = _option("Rows with this `split` are validated on", "val")
+    fully_labelled: list[str] = _option("Sources in which a label that is not listed is absent", [])
+    drop_unlabelled: bool = _option("Leave out rows that have neither text nor label, with a warning", False)
+    num_phantoms: int = _option("Made-up radiographs to train on", 0)
+    num_unpaired_phantoms: int = _option("How many of them come with labels only, no report", 0)
+    num_validation_phantoms: int = _option("Made-up radiographs to validate on", 0)
+    phantom_size: int = _option("Their side in pixels", 128)
+    phantom_seed: int = _option("Their seed", 0)
+    shuffle_pairs: bool = _option("Give every image another row's text and labels: the floor of what can be learned", False)
+    tokenizer_name_or_path: str | None = _option("Tokenizer, when it is neither the text tower's nor the one shipped")
+    max_length: int | None = _option("Longest text in tokens; left out, what the text tower takes")
+    mlm_masking: str = _option("entity: EntMLM hides whole entities; random: whole words", "entity")
+    mlm_ratio: float = _option("Share of a text's entities that EntMLM hides, at least one", 0.5)
+    prompt_labels: list[str] = _option("Findings of the prompt loss; `all` takes those that training rows state both ways", [])
+    validation_labels: list[str] = _option("Labels of the zero-shot validation; left out, all that can be scored", [])
+    max_rotation: float = _option("Augmentation: degrees, either way", 5.0)
+    max_translation: float = _option("Augmentation: share of the side, either way", 0.03)
+    max_scaling: float = _option("Augmentation: share of the size, either way", 0.05)
+    max_contrast: float = _option("Augmentation: change of contrast and gamma, either way", 0.2)
+    noise_std: float = _option("Augmentation: noise in grey levels of 255", 4.0)
+
+    def __post_init__(self):
+        if not self.train_manifest and not self.num_phantoms:
+            raise ValueError("Nothing to train on: give `train_manifest` or `num_phantoms`.")
+        self.tokenizer_name_or_path = resolve_path(self.tokenizer_name_or_path)
+        for path in [*self.train_manifest, *self.validation_manifest]:
+            if not Path(path).is_file():
+                raise ValueError(f"There is no manifest file {path}.")
+
+
+@dataclass
+class MMCLIPTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments and what MMCLIP adds."""
+
+    text_learning_rate: float | None = _option("Learning rate of the text tower; left out, `learning_rate`")
+    remove_unused_columns: bool = _option("The Trainer's own default would drop the image", False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError("`remove_unused_columns: true` would drop the image from every sample; leave it out.")
+
+
+def resolve_path(path: str | None) -> str | None:
+    """`package://NAME/FOLDER` -> that folder of an installed Python package; anything else unchanged."""
+    if path is None or not path.startswith("package://"):
+        return path
+    package, _, folder = path.removeprefix("package://").partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"{path}: the Python package {package} is not installed; pip install {package.replace('_', '-')}.")
+    found = Path(spec.submodule_search_locations[0]) / folder
+    if not found.is_dir():
+        raise ValueError(f"{path}: the package {package} has no folder {folder!r}.")
+    return str(found)
+
+
+def _parse_json(value, name: str) -> dict | None:
+    if value is None or isinstance(value, dict):
+        return value
+    try:
+        parsed = json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` must be a map in YAML or JSON on the command line, but is {value!r}: {error}.") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"`{name}` must be a map, but is {value!r}.")
+    return parsed
+
+
+def _yaml_arguments(path: Path, known: set[str]) -> list[str]:
+    """A YAML file as command-line arguments, so that `1e-4` is a number and a list a list."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold `key: value` lines, but holds a {type(content).__name__}.")
+    arguments = []
+    for key, value in content.items():
+        _check_key(key, known, str(path))
+        if value is None:
+            continue
+        arguments.append(f"--{key}")
+        if isinstance(value, list):
+            arguments += [str(item) for item in value]
+        else:
+            arguments.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return arguments
+
+
+def _check_key(key: str, known: set[str], where: str):
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=3)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"{where}: unknown key `{key}`.{hint} `--help` lists all keys.")
+
+
+def parse_run_config(arguments: list[str] | None = None) -> tuple[ModelArguments, DataArguments, MMCLIPTrainingArguments]:
+    """`[FILE.yaml] [--key value ...]` -> the arguments of a run; the command line lies on top of the file.
+
+    Raises `ValueError` for an unknown key, with the nearest known ones.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    types = (ModelArguments, DataArguments, MMCLIPTrainingArguments)
+    parser = HfArgumentParser(types)
+    known = {item.name for kind in types for item in dataclasses.fields(kind) if item.init}
+    if arguments and not arguments[0].startswith("-"):
+        path = Path(arguments.pop(0))
+        if path.suffix not in (".yaml", ".yml") or not path.is_file():
+            raise ValueError(f"The first argument must be a YAML file that exists, or a --key, but is {path}.")
+        arguments = _yaml_arguments(path, known) + arguments
+    for argument in arguments:
+        if argument.startswith("--") and argument != "--help":
+            _check_key(argument[2:].partition("=")[0].replace("-", "_"), known | {f"no_{key}" for key in known}, "command line")
+    return parser.parse_args_into_dataclasses(arguments)

@@ -1,0 +1,133 @@
+"""From the arguments of a run to its rows, processor, model, dataset and collator; every check before training starts."""
+
+import logging
+from collections import Counter
+
+import datasets
+import numpy as np
+from transformers import AutoTokenizer
+
+from ..data.augmentation import RadiographAugmentation
+from ..data.collator import MMCLIPCollator
+from ..data.dataset import MMCLIPDataset
+from ..data.manifest import check_rows
+from ..data.phantom import phantom_dataset
+from ..data.readers import read_csv_manifest
+from ..modeling_mmclip import MMCLIPForPreTraining
+from ..processing_mmclip import MMCLIPProcessor
+from ..text.vocabulary import canonical_label
+from .arguments import DataArguments, ModelArguments
+
+
+logger = logging.getLogger(__name__)
+
+
+def build_rows(data: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Rows to train on and rows to validate on (None when no validation data is given)."""
+    train, validation = [], []
+    for paths, split, parts in (
+        (data.train_manifest, data.train_split, train),
+        (data.validation_manifest, data.validation_split, validation),
+    ):
+        for path in paths:
+            rows = read_csv_manifest(
+                path, split=split, drop_unlabelled=data.drop_unlabelled, fully_labelled=tuple(data.fully_labelled)
+            )
+            parts.append(rows)
+    size, seed = data.phantom_size, data.phantom_seed
+    if data.num_phantoms:
+        train.append(
+            phantom_dataset(
+                data.num_phantoms, size=size, seed=seed, split="train", num_unpaired=data.num_unpaired_phantoms
+            )
+        )
+    if data.num_validation_phantoms:
+        validation.append(phantom_dataset(data.num_validation_phantoms, size=size, seed=seed, split="val"))
+    train_rows = datasets.concatenate_datasets(train)
+    validation_rows = datasets.concatenate_datasets(validation) if validation else None
+    check_rows(*([train_rows] if validation_rows is None else [train_rows, validation_rows]))
+    if data.shuffle_pairs:
+        train_rows = shuffle_images(train_rows, seed=0)
+    return train_rows, validation_rows
+
+
+def shuffle_images(rows: datasets.Dataset, seed: int) -> datasets.Dataset:
+    """Every text with another row's image: what is still learned has nothing to do with what the images show."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    images = rows.select_columns("image").select(order).flatten_indices()
+    return datasets.concatenate_datasets([images, rows.remove_columns("image")], axis=1)
+
+
+def build_tokenizer(model_arguments: ModelArguments, data: DataArguments):
+    """The tokenizer that was named, or the text tower's own, or (None) the one that ships with the repository."""
+    path = data.tokenizer_name_or_path or model_arguments.text_model_name_or_path
+    return None if path is None else AutoTokenizer.from_pretrained(path)
+
+
+def build_model_and_processor(
+    model_arguments: ModelArguments, data: DataArguments
+) -> tuple[MMCLIPForPreTraining, MMCLIPProcessor]:
+    """The model and the processor that fits it; raises `ValueError` where tokenizer and text tower disagree."""
+    if model_arguments.model_name_or_path is not None:
+        model = MMCLIPForPreTraining.from_pretrained(model_arguments.model_name_or_path)
+        processor = MMCLIPProcessor.from_pretrained(model_arguments.model_name_or_path)
+    else:
+        processor = MMCLIPProcessor(tokenizer=build_tokenizer(model_arguments, data))
+        model = _new_model(model_arguments, processor.tokenizer)
+        processor.image_processor.size = {"height": model.image_size, "width": model.image_size}
+        positions = getattr(model.config.text_config, "max_position_embeddings", processor.tokenizer.model_max_length)
+        processor.tokenizer.model_max_length = min(
+            processor.tokenizer.model_max_length, positions, data.max_length or positions
+        )
+    processor.check_tokenizer(model.config)
+    return model, processor
+
+
+def _new_model(arguments: ModelArguments, tokenizer) -> MMCLIPForPreTraining:
+    fields = arguments.config_fields()
+    if arguments.text_model_name_or_path is None:
+        # a new text tower is as wide as the tokenizer needs, unless its config says otherwise
+        fields["text_config"] = {"model_type": "bert", "vocab_size": len(tokenizer), **fields.get("text_config", {})}
+    vision = arguments.vision_model_name_or_path or fields.pop("vision_config", None)
+    text = arguments.text_model_name_or_path or fields.pop("text_config")
+    return MMCLIPForPreTraining.from_vision_text_pretrained(vision, text, **fields)
+
+
+def build_datasets(
+    train_rows: datasets.Dataset, data: DataArguments, model: MMCLIPForPreTraining, processor: MMCLIPProcessor, seed: int
+) -> tuple[MMCLIPDataset, MMCLIPCollator]:
+    """The training set with its augmentation, and the collator that makes its batches."""
+    augmentation = RadiographAugmentation(
+        max_rotation=data.max_rotation,
+        max_translation=data.max_translation,
+        max_scaling=data.max_scaling,
+        max_contrast=data.max_contrast,
+        noise_std=data.noise_std,
+    )
+    dataset = MMCLIPDataset(train_rows, augmentation=augmentation, seed=seed)
+    labels = ()
+    if model.config.prompt_weight > 0:
+        stated = label_counts(dataset)
+        if data.prompt_labels == ["all"]:
+            labels = tuple(sorted(label for label, (present, absent) in stated.items() if present and absent))
+        else:
+            labels = tuple(canonical_label(label, "prompt_labels") for label in data.prompt_labels)
+        if unseen := [label for label in labels if not any(stated[label])]:
+            raise ValueError(f"`prompt_labels`: no training row says anything about {', '.join(unseen)}. Leave them out.")
+    collator = MMCLIPCollator(
+        processor,
+        num_patches=model.num_patches,
+        mlm_masking=data.mlm_masking,
+        mlm_ratio=data.mlm_ratio,
+        prompt_labels=labels,
+    )
+    return dataset, collator
+
+
+def label_counts(dataset: MMCLIPDataset) -> dict[str, tuple[int, int]]:
+    """Label -> (rows that state it present, rows that state it absent)."""
+    present, absent = Counter(), Counter()
+    for labels_present, labels_absent in dataset.labels():
+        present.update(set(labels_present))
+        absent.update(set(labels_absent))
+    return Counter() | {label: (present[label], absent[label]) for label in present.keys() | absent.keys()}

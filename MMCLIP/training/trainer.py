@@ -1,0 +1,95 @@
+"""MMCLIPTrainer: transformers' Trainer with MMCLIP's losses in the log and zero-shot AUROC as validation."""
+
+import time
+from collections import defaultdict
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import speed_metrics
+
+from ..evaluation.zero_shot import evaluate_zero_shot
+
+
+class _SetEpoch(TrainerCallback):
+    """Prompts, augmentation and masks are drawn from (seed, epoch, row); the Trainer tells nobody the epoch."""
+
+    def __init__(self, train_dataset):
+        self.train_dataset = train_dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.train_dataset.set_epoch(int((state.epoch or 0) + 1e-6))  # whole also when a run goes on within an epoch
+
+
+class MMCLIPTrainer(Trainer):
+    """Trains [`MMCLIPForPreTraining`] on an [`MMCLIPDataset`] with an [`MMCLIPCollator`].
+
+    `eval_dataset` is a manifest of rows, `processing_class` the processor. Validation scores the rows zero-shot and
+    gives `eval_macro_auroc` (and the AUROC of each label), so `metric_for_best_model: macro_auroc` keeps the best
+    checkpoint. `validation_labels` limits the labels. Each loss is logged as `loss_NAME`, averaged since the last log.
+    """
+
+    def __init__(self, *args, validation_labels: list[str] | None = None, fully_labelled: tuple[str, ...] = (), **kwargs):
+        super().__init__(*args, **kwargs)
+        self.validation_labels, self.fully_labelled = validation_labels, fully_labelled
+        self._loss_sums, self._num_losses = defaultdict(float), 0
+        self.add_callback(_SetEpoch(self.train_dataset))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        for name, value in outputs.loss_info.items():
+            self._loss_sums[name] += value  # stays on the device: reading it here would wait for every step
+        self._num_losses += 1
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs):
+        if "loss" in logs and self._num_losses:
+            for name, total in self._loss_sums.items():
+                mean = self.accelerator.reduce(torch.as_tensor(total), reduction="mean").item() / self._num_losses
+                logs[f"loss_{name}"] = round(mean, 4)
+            logs["similarity_scale"] = round(self.accelerator.unwrap_model(self.model).similarity_scale().item(), 2)
+            self._loss_sums, self._num_losses = defaultdict(float), 0
+        super().log(logs, *args, **kwargs)
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Matrices and kernels decay; biases, norms, single vectors and the temperature do not."""
+        shapes = {name: parameter.dim() for name, parameter in model.named_parameters()}
+        free = ("token", "position_embeddings")
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if shapes[name] > 1 and not name.endswith(free)]
+
+    def create_optimizer(self, *args, **kwargs):
+        super().create_optimizer(*args, **kwargs)
+        rate = self.args.text_learning_rate
+        if rate is not None:
+            model = self.accelerator.unwrap_model(self.model)
+            text = {id(parameter) for parameter in model.text_model.parameters()}
+            groups = []
+            for group in self.optimizer.param_groups:
+                others = [parameter for parameter in group["params"] if id(parameter) not in text]
+                towers = [parameter for parameter in group["params"] if id(parameter) in text]
+                groups += [{**group, "params": others}, {**group, "params": towers, "lr": rate}]
+            self.optimizer.param_groups[:] = [group for group in groups if group["params"]]
+        return self.optimizer
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Zero-shot AUROC of the manifest rows; every process scores all of them and so has the same numbers."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        start = time.time()
+        model = self.accelerator.unwrap_model(self.model)
+        result, _ = evaluate_zero_shot(
+            model,
+            self.processing_class,
+            rows,
+            labels=self.validation_labels,
+            fully_labelled=self.fully_labelled,
+            batch_size=self.args.eval_batch_size,
+            num_bootstrap=0,
+        )
+        result = result["zero_shot"]
+        metrics = {f"{metric_key_prefix}_macro_auroc": result["macro_auroc"]}
+        for label, scores in result["per_class"].items():
+            metrics[f"{metric_key_prefix}_auroc_{label.replace(' ', '_')}"] = scores["auroc"]
+        metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(rows)))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics

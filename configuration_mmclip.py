@@ -1,0 +1,142 @@
+"""MMCLIPConfig: every value that changes the weights or the forward of MMCLIP."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+
+# Where the Auto classes find MMCLIP in a saved folder; written into every config.json.
+AUTO_MAP = {
+    "AutoConfig": "configuration_mmclip.MMCLIPConfig",
+    "AutoModel": "modeling_mmclip.MMCLIPModel",
+    "AutoModelForZeroShotImageClassification": "modeling_mmclip.MMCLIPModel",
+    "AutoModelForPreTraining": "modeling_mmclip.MMCLIPForPreTraining",
+    "AutoModelForImageClassification": "modeling_mmclip.MMCLIPForImageClassification",
+    "AutoProcessor": "processing_mmclip.MMCLIPProcessor",
+    "AutoImageProcessor": "image_processing_mmclip.MMCLIPImageProcessor",
+}
+# ViT-B/16 on one channel, and BERT-base with the vocabulary of the tokenizer that ships with the repository.
+DEFAULT_VISION_CONFIG = {"model_type": "vit", "num_channels": 1, "image_size": 224, "patch_size": 16}
+DEFAULT_TEXT_CONFIG = {"model_type": "bert", "vocab_size": 4096}
+
+
+def _to_config(value, default: dict, name: str) -> PretrainedConfig:
+    if isinstance(value, PretrainedConfig):
+        return value
+    fields = dict(default if value is None else value)
+    model_type = fields.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"`{name}` needs a `model_type` that transformers knows, such as 'vit' or 'bert', but has {model_type!r}. "
+            "Pass a config object or a dict with that key."
+        )
+    return CONFIG_MAPPING[model_type](**fields)
+
+
+@strict
+class MMCLIPConfig(PretrainedConfig):
+    r"""
+    Configuration of [`MMCLIPModel`], [`MMCLIPForPreTraining`] and [`MMCLIPForImageClassification`].
+
+    The paper (arXiv 2407.19546) gives none of these values; each default is ours and RESULTS.md says why.
+
+    vision_config (`PretrainedConfig` or `dict`, *optional*):
+        Any AutoModel vision tower whose last hidden state holds patch tokens (B, N, H) or a feature map (B, H, h, w).
+        Defaults to a one-channel ViT-B/16 at 224 px.
+    text_config (`PretrainedConfig` or `dict`, *optional*):
+        Any AutoModel text tower. Defaults to BERT-base with the vocabulary of the tokenizer in this repository.
+    vision_stem (`str`, *optional*, defaults to `"patch"`):
+        `"patch"` keeps the tower's own patch embedding; `"convolution"` puts a stack of stride-2 convolutions in its
+        place (Xiao et al. 2021), which learns several times faster in small runs. Needs a patch side that is a power
+        of two.
+    patch_size (`int`, *optional*):
+        Pixels along the side of the square that one patch token stands for. Taken from the tower when left out.
+    projection_dim (`int`, *optional*, defaults to 512):
+        Size of the shared image-text space.
+    image_pooling, text_pooling (`str`, *optional*, defaults to `"mean"`):
+        What is projected: `"mean"` of the patch (text) tokens, or the first token (`"cls"`). Under mean pooling the
+        projected patches lie in the same space as the texts, which is what text-to-patch attention rests on.
+    logit_scale_init_value (`float`, *optional*, defaults to 2.6592):
+        Initial log of the inverse temperature, ln(1 / 0.07) as in CLIP. Clamped at ln(100) in the forward.
+    decoder_hidden_size, decoder_num_layers, decoder_num_heads (`int`, *optional*, defaults to 384, 2 and 6):
+        Size of the AttMIM and EntMLM decoders.
+    mim_masking (`str`, *optional*, defaults to `"attention"`):
+        `"attention"` hides the patches that answer the text most, `"random"` any patches.
+    mim_mask_ratio (`float`, *optional*, defaults to 0.5):
+        Share of the patches that AttMIM hides.
+    mim_attended_share (`float`, *optional*, defaults to 0.9):
+        Share of the hidden patches that comes from the more attended half of the image; the rest comes from the other
+        half. 0.5 ignores the attention.
+    contrastive_weight, mim_weight, mlm_weight, prompt_weight (`float`, *optional*, defaults to 1.0):
+        Factors of the image-text contrastive, AttMIM, EntMLM and disease-kind prompt losses in the total. At 0 the
+        branch is neither built nor run.
+    initializer_range (`float`, *optional*, defaults to 0.02):
+        Standard deviation of new weights.
+    """
+
+    model_type = "mmclip"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+
+    vision_config: PretrainedConfig | dict | None = None
+    text_config: PretrainedConfig | dict | None = None
+    vision_stem: str = "patch"
+    patch_size: int | None = None
+    projection_dim: int = 512
+    image_pooling: str = "mean"
+    text_pooling: str = "mean"
+    logit_scale_init_value: float | int = 2.6592
+    decoder_hidden_size: int = 384
+    decoder_num_layers: int = 2
+    decoder_num_heads: int = 6
+    mim_masking: str = "attention"
+    mim_mask_ratio: float | int = 0.5
+    mim_attended_share: float | int = 0.9
+    contrastive_weight: float | int = 1.0
+    mim_weight: float | int = 1.0
+    mlm_weight: float | int = 1.0
+    prompt_weight: float | int = 1.0
+    initializer_range: float | int = 0.02
+
+    def __post_init__(self, **kwargs):
+        self.vision_config = _to_config(self.vision_config, DEFAULT_VISION_CONFIG, "vision_config")
+        self.text_config = _to_config(self.text_config, DEFAULT_TEXT_CONFIG, "text_config")
+        if self.vision_config.model_type.startswith("siglip"):
+            self.vision_config.vision_use_head = False  # MMCLIP pools by itself; an unread head would get no gradient
+        super().__post_init__(**kwargs)
+        self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
+
+    @classmethod
+    def from_vision_text_configs(cls, vision_config: PretrainedConfig, text_config: PretrainedConfig, **kwargs):
+        """The config of two given towers; further keywords are fields of this class."""
+        return cls(vision_config=vision_config.to_dict(), text_config=text_config.to_dict(), **kwargs)
+
+    def validate_choices(self):
+        choices = {
+            "vision_stem": ("patch", "convolution"),
+            "image_pooling": ("mean", "cls"),
+            "text_pooling": ("mean", "cls"),
+            "mim_masking": ("attention", "random"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, but is {getattr(self, name)!r}.")
+
+    def validate_shares(self):
+        for name in ("mim_mask_ratio", "mim_attended_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` is a share and must lie in [0, 1], but is {getattr(self, name)}.")
+
+    def validate_weights(self):
+        weights = {name: getattr(self, name) for name in vars(self) if name.endswith("_weight")}
+        if any(weight < 0 for weight in weights.values()) or not any(weights.values()):
+            raise ValueError(f"Loss weights must be >= 0 and at least one above 0, but are {weights}.")
+
+    def validate_decoder(self):
+        if self.decoder_hidden_size % self.decoder_num_heads:
+            raise ValueError(
+                f"`decoder_hidden_size` ({self.decoder_hidden_size}) must be a multiple of `decoder_num_heads` "
+                f"({self.decoder_num_heads})."
+            )
+
+
+__all__ = ["MMCLIPConfig"]

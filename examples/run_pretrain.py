@@ -1,0 +1,82 @@
+"""Pretrain MMCLIP: accelerate launch examples/run_pretrain.py examples/configs/phantom_tiny.yaml [--key value ...]
+
+OUTPUT_DIR gets `checkpoint/` (model, processor and code, ready for `AutoModel`), `run_config.yaml` (every argument as it
+was resolved), `train_results.json`, `trainer_state.json` (the log) and the Trainer's own checkpoints.
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import transformers
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+
+from MMCLIP.training.arguments import parse_run_config
+from MMCLIP.training.building import build_datasets, build_model_and_processor, build_rows
+from MMCLIP.training.trainer import MMCLIPTrainer
+
+
+logger = logging.getLogger("run_pretrain")
+
+
+def main():
+    model_arguments, data_arguments, training_arguments = parse_run_config()
+    is_main = training_arguments.process_index == 0
+    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    transformers.set_seed(training_arguments.seed)
+
+    # cheap checks first: a wrong tokenizer or a missing image must not wait for the phantoms to be drawn
+    model, processor = build_model_and_processor(model_arguments, data_arguments)
+    with training_arguments.main_process_first(desc="preparing rows"):
+        train_rows, validation_rows = build_rows(data_arguments)
+        train_dataset, collator = build_datasets(
+            train_rows, data_arguments, model, processor, seed=training_arguments.seed
+        )
+    logger.info(
+        f"{len(train_rows)} rows to train on, {len(validation_rows or ())} to validate on; prompt loss on "
+        f"{', '.join(collator.prompt_labels) or 'no finding'}; {model.num_parameters() / 1e6:.1f} M parameters"
+    )
+
+    output_dir = Path(training_arguments.output_dir)
+    if is_main:
+        save_run_config(output_dir / "run_config.yaml", model_arguments, data_arguments, training_arguments)
+    trainer = MMCLIPTrainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=train_dataset,
+        eval_dataset=validation_rows,
+        data_collator=collator,
+        processing_class=processor,
+        validation_labels=data_arguments.validation_labels or None,
+        fully_labelled=tuple(data_arguments.fully_labelled),
+    )
+    last_checkpoint = training_arguments.resume_from_checkpoint
+    if last_checkpoint in ("true", "True", "last"):
+        last_checkpoint = get_last_checkpoint(str(output_dir))
+        logger.info(f"going on from {last_checkpoint or 'the start: there is no checkpoint yet'}")
+    results = trainer.train(resume_from_checkpoint=last_checkpoint)
+    trainer.save_model(str(output_dir / "checkpoint"))
+    trainer.log_metrics("train", results.metrics)
+    trainer.save_metrics("train", results.metrics, combined=False)
+    trainer.save_state()
+    logger.info(f"model, processor and code are in {output_dir / 'checkpoint'}")
+
+
+def save_run_config(path: Path, *arguments):
+    """Every argument of the run as it was resolved, as a YAML file that can be read, not an input to the next run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    resolved = {}
+    for group in arguments:
+        resolved[type(group).__name__] = {
+            item.name: getattr(group, item.name)
+            if isinstance(getattr(group, item.name), (str, int, float, bool, list, dict, type(None)))
+            else str(getattr(group, item.name))
+            for item in dataclasses.fields(group)
+            if not item.name.endswith("token")
+        }
+    path.write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Evaluate a saved MMCLIP zero-shot, and its heat maps where lesion masks exist:
+
+python examples/run_zero_shot.py --model outputs/demo/checkpoint --phantoms 1000 --output_dir outputs/demo
+python examples/run_zero_shot.py --model X/checkpoint --manifest metadata.csv --split test --output_dir Y
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, AutoProcessor
+
+from MMCLIP.evaluation import report
+from MMCLIP.evaluation.grounding import heatmap_auroc
+from MMCLIP.evaluation.zero_shot import evaluate_zero_shot
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder with the saved model and processor")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--manifest", help="CSV, TSV, Parquet or JSON lines file of images and labels")
+    data.add_argument("--phantoms", type=int, help="number of made-up radiographs, of the held-out stream")
+    parser.add_argument("--split", help="evaluate only this split of the manifest")
+    parser.add_argument("--phantom_size", type=int, default=128, help="side of a made-up radiograph in pixels")
+    parser.add_argument("--labels", help="comma-separated; default: all that the rows name")
+    parser.add_argument("--fully_labelled", default="", help="comma-separated sources in which unlisted is absent")
+    parser.add_argument(
+        "--unlisted_is_absent",
+        action=argparse.BooleanOptionalAction,
+        help="does a label that a row does not name count as absent? default: where a row lists no absent label",
+    )
+    parser.add_argument("--ensemble", default="mean_embedding", choices=("mean_embedding", "first"), help="of prompts")
+    parser.add_argument("--output_dir", required=True, help="for metrics.json, report.md, predictions.csv and figures/")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that read images")
+    parser.add_argument("--num_bootstrap", type=int, default=1000, help="draws of patients for the 95 %% intervals")
+    parser.add_argument("--train_results", help="train_results.json of the run; default: searched beside the model")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    fully_labelled = tuple(filter(None, args.fully_labelled.split(",")))
+    if not (Path(args.model) / "config.json").is_file():
+        raise ValueError(f"--model: {args.model} has no config.json. Give the folder of a saved model: X/checkpoint.")
+    train, log_history = report.read_train_results(args.model, args.train_results)  # before the long part
+    if args.manifest:
+        from MMCLIP.data.readers import read_csv_manifest
+
+        rows = read_csv_manifest(args.manifest, split=args.split, drop_unlabelled=True)
+        data = f"{args.manifest}, split {args.split or 'all'}, {len(rows)} rows"
+    else:
+        from MMCLIP.data.phantom import phantom_dataset
+
+        rows = phantom_dataset(args.phantoms, size=args.phantom_size, split="test")
+        data = f"{args.phantoms} phantoms of the held-out stream, {args.phantom_size} px"
+    if unknown := set(fully_labelled) - set(rows["source"]):
+        raise ValueError(f"--fully_labelled: no row has the source {sorted(unknown)}; there are {set(rows['source'])}.")
+    model = AutoModel.from_pretrained(args.model, trust_remote_code=True).to(args.device).eval()
+    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+
+    shared = {"batch_size": args.batch_size, "num_bootstrap": args.num_bootstrap, "num_workers": args.num_workers}
+    results, predictions = evaluate_zero_shot(
+        model,
+        processor,
+        rows,
+        labels=args.labels.split(",") if args.labels else None,
+        unlisted_is_absent=args.unlisted_is_absent,
+        fully_labelled=fully_labelled,
+        ensemble=args.ensemble,
+        progress="zero-shot",
+        **shared,
+    )
+    figures = Path(args.output_dir) / "figures"
+    drawn = []
+    if results["zero_shot"]["per_class"]:
+        drawn.append(report.plot_roc(predictions, figures / "roc.png"))
+    if any(rows["masks"]):
+        results["grounding"] = heatmap_auroc(model, processor, rows, progress="grounding", **shared)
+        drawn.append(report.plot_heatmaps(model, processor, rows, figures / "heatmaps.png"))
+    if train is not None:
+        results["train"] = train
+    if any("loss" in entry for entry in log_history):
+        drawn.append(report.plot_loss_curves(log_history, figures / "loss_curves.png"))
+    results |= report.describe_run(args.model, data)
+    report.write_predictions(args.output_dir, predictions)
+    report.write_metrics(args.output_dir, results)
+    markdown = report.write_markdown(args.output_dir, results, drawn)
+    print(report.zero_shot_table(results["zero_shot"]))
+    if "grounding" in results:
+        print(f"\nheat-map AUROC {results['grounding']['heatmap_auroc']:.3f}")
+    print(f"\n{markdown}, metrics.json and predictions.csv beside it, figures in {figures}")
+
+
+if __name__ == "__main__":
+    main()

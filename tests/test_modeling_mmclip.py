@@ -1,0 +1,420 @@
+import copy
+import math
+
+import pytest
+import torch
+from conftest import tiny_batch, tiny_config
+from transformers import AutoModel, BertConfig, BertModel, ViTConfig, ViTModel
+
+from MMCLIP.modeling_mmclip import (
+    MMCLIPForImageClassification,
+    MMCLIPForPreTraining,
+    MMCLIPModel,
+    contrastive_loss,
+    fold_patch_convolution,
+    masked_patch_loss,
+    masked_token_loss,
+    normalise_patches,
+    patchify,
+    prompt_loss,
+    select_masked_patches,
+)
+
+
+ONE = torch.tensor(1.0)
+
+
+# ------------------------------------------------------------------------------------------------ losses and masking
+
+
+def test_contrastive_loss_of_two_orthogonal_pairs_is_log_of_one_plus_exp_of_minus_the_scale():
+    embeds = torch.eye(2)  # cosine 1 with the own text, 0 with the other
+    assert contrastive_loss(embeds, embeds, torch.tensor(3.0)).item() == pytest.approx(math.log1p(math.exp(-3)))
+
+
+def test_contrastive_loss_equals_cross_entropy_over_the_diagonal_when_no_text_repeats():
+    images, texts = torch.nn.functional.normalize(torch.randn(2, 5, 8), dim=-1)
+    logits = 7.0 * images @ texts.T
+    target = torch.arange(5)
+    expected = (torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)) / 2
+    torch.testing.assert_close(contrastive_loss(images, texts, torch.tensor(7.0), torch.arange(5)), expected)
+
+
+def test_rows_with_the_same_text_are_mutual_positives():
+    # all similarities equal: with one group every column is a positive, and the uniform prediction is exact up to entropy
+    images, texts = torch.ones(2, 1), torch.ones(2, 1)
+    assert contrastive_loss(images, texts, ONE, torch.tensor([7, 7])).item() == pytest.approx(math.log(2))
+    # a perfect split into the two groups {0, 1} and {2} costs log 2 for the first two rows and 0 for the third
+    embeds = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    loss = contrastive_loss(embeds, embeds, torch.tensor(100.0), torch.tensor([1, 1, 2]))
+    assert loss.item() == pytest.approx(2 / 3 * math.log(2), abs=1e-6)
+
+
+def test_a_text_without_image_is_a_negative_for_images_and_nothing_else():
+    embeds = torch.eye(3)
+    has_image = torch.tensor([True, True, False])
+    loss = contrastive_loss(embeds, embeds, ONE, None, has_image)
+    image_to_text = math.log(math.e + 2) - 1  # three texts
+    text_to_image = math.log(math.e + 1) - 1  # two images
+    assert loss.item() == pytest.approx((image_to_text + text_to_image) / 2)
+
+
+def test_contrastive_loss_of_a_batch_without_any_image_is_zero_with_zero_gradient():
+    embeds = torch.eye(2).requires_grad_()
+    loss = contrastive_loss(embeds, embeds, ONE, None, torch.tensor([False, False]))
+    loss.backward()
+    assert loss.item() == 0 and embeds.grad.abs().sum() == 0
+
+
+def test_prompt_loss_counts_only_known_findings():
+    image = torch.tensor([[1.0, 0.0]])
+    prompts = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]])  # logits 1 and -1 at scale 1
+    known_first = prompt_loss(image, prompts, ONE, torch.tensor([[1.0, -100.0]]))
+    assert known_first.item() == pytest.approx(math.log1p(math.exp(-1)))
+    both = prompt_loss(image, prompts, ONE, torch.tensor([[1.0, 1.0]]))
+    assert both.item() == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(1))) / 2)
+    assert prompt_loss(image, prompts, ONE, torch.tensor([[-100.0, -100.0]])).item() == 0
+
+
+def test_masked_patch_loss_counts_only_hidden_patches():
+    mim_logits = torch.tensor([[[2.0], [100.0]]])  # hidden patch off by 2, visible patch off by 100
+    hidden = torch.tensor([[True, False]])
+    assert masked_patch_loss(mim_logits, torch.zeros_like(mim_logits), hidden) == 4.0
+    assert masked_patch_loss(mim_logits, torch.zeros_like(mim_logits), torch.zeros_like(hidden)) == 0.0
+
+
+def test_masked_token_loss_is_the_mean_cross_entropy_and_zero_without_words():
+    logits = torch.tensor([[0.0, 0.0], [0.0, math.log(3)]])  # probabilities 1/2 and 3/4 of word 1
+    expected = (math.log(2) + math.log(4 / 3)) / 2
+    assert masked_token_loss(logits, torch.tensor([1, 1])).item() == pytest.approx(expected)
+    assert masked_token_loss(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long)).item() == 0
+
+
+def test_patchify_reads_patches_row_by_row():
+    image = torch.arange(16.0).reshape(1, 1, 4, 4)
+    patches = patchify(image, 2)
+    assert patches.shape == (1, 4, 4)
+    assert patches[0, 1].tolist() == [2, 3, 6, 7]  # upper right
+    assert patches[0, 2].tolist() == [8, 9, 12, 13]  # lower left
+
+
+def test_normalised_patches_have_mean_zero_variance_one_and_a_flat_patch_gives_zeros():
+    patches = torch.tensor([[[1.0, 3.0], [5.0, 5.0]]])
+    expected = torch.tensor([[[-(0.5**0.5), 0.5**0.5], [0.0, 0.0]]])  # unbiased variance of (1, 3) is 2
+    torch.testing.assert_close(normalise_patches(patches), expected, atol=1e-5, rtol=0)
+
+
+def test_masked_patches_come_from_the_attended_half_in_the_given_share():
+    attention = torch.tensor([[8.0, 1.0, 7.0, 2.0, 6.0, 3.0, 5.0, 4.0]])  # attended half: 0, 2, 4, 6
+    noise = torch.tensor([[0.9, 0.1, 0.2, 0.8, 0.3, 0.5, 0.4, 0.7]])
+    hidden = select_masked_patches(noise, 0.5, attention, attended_share=0.75)
+    assert hidden[0].nonzero().flatten().tolist() == [1, 2, 4, 6]  # 3 attended of lowest noise, then 1 of the rest
+    hidden = select_masked_patches(noise, 0.5, attention, attended_share=1.0)
+    assert hidden[0].nonzero().flatten().tolist() == [0, 2, 4, 6]
+    hidden = select_masked_patches(noise, 0.75, attention, attended_share=1.0)  # 6 of 8: the rest has to give 2
+    assert hidden[0].nonzero().flatten().tolist() == [0, 1, 2, 4, 5, 6]
+    hidden = select_masked_patches(noise, 0.25)
+    assert hidden[0].nonzero().flatten().tolist() == [1, 2]  # without attention: the lowest noise
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.0])
+def test_every_row_hides_exactly_the_asked_number_of_patches(ratio, share):
+    hidden = select_masked_patches(torch.rand(6, 49), ratio, torch.rand(6, 49), share)
+    assert hidden.sum(dim=1).tolist() == [round(ratio * 49)] * 6
+
+
+# ------------------------------------------------------------------------------------------------------------- towers
+
+
+def test_folded_patch_kernel_gives_on_grey_what_three_channels_gave_on_its_rgb_copy():
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    convolution = torch.nn.Conv2d(3, 8, 4, stride=4)
+    grey = torch.rand(2, 1, 16, 16)
+    rgb = (grey - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+    folded = fold_patch_convolution(convolution, mean, std, new_mean=0.5, new_std=0.25)
+    torch.testing.assert_close(folded((grey - 0.5) / 0.25), convolution(rgb), atol=1e-5, rtol=0)
+
+
+def test_a_padded_kernel_does_not_fold():
+    with pytest.raises(ValueError, match="padding"):
+        fold_patch_convolution(torch.nn.Conv2d(3, 8, 3, padding=1), [0.5] * 3, [0.5] * 3, 0.5, 0.25)
+
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+TOWERS = {
+    "resnet": {"hidden_sizes": [16, 32], "depths": [1, 1], "embedding_size": 16, "layer_type": "basic", "image_size": 64},
+    "convnext": {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "image_size": 64},
+    "dinov2": {"image_size": 64, "patch_size": 16, **SHAPE},
+    "dinov2_with_registers": {"image_size": 64, "patch_size": 16, **SHAPE},
+    "siglip_vision_model": {"image_size": 64, "patch_size": 16, **SHAPE},
+    "clip_vision_model": {"image_size": 64, "patch_size": 16, **SHAPE},
+    "swin": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "image_size": 64, "patch_size": 4, "window_size": 4},
+}
+
+
+@pytest.mark.parametrize("model_type", TOWERS)
+def test_any_vision_tower_with_patch_tokens_trains(model_type):
+    fields = {"model_type": model_type, "num_channels": 1, **TOWERS[model_type]}
+    model = MMCLIPForPreTraining(tiny_config(vision_config=fields))
+    num_patches = model.num_patches
+    batch = tiny_batch() | {"pixel_values": torch.randn(4, 1, 64, 64), "mim_noise": torch.rand(4, num_patches)}
+    outputs = model(**batch)
+    outputs.loss.backward()
+    expected = 64 if model_type in ("resnet", "convnext", "swin") else 16  # stride 8, or patches of 16 px
+    assert num_patches == expected and outputs.text_to_patch_attention.shape == (4, expected)
+    assert torch.isfinite(outputs.loss)
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "distilbert", "mpnet"])
+def test_any_text_tower_trains(model_type):
+    fields = {"model_type": model_type, "vocab_size": 100, "pad_token_id": 0, "max_position_embeddings": 64}
+    fields |= {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64} if model_type == "distilbert" else SHAPE
+    outputs = MMCLIPForPreTraining(tiny_config(text_config=fields))(**tiny_batch())
+    assert set(outputs.loss_info) == {"contrastive", "mim", "mlm", "prompt"} and torch.isfinite(outputs.loss)
+
+
+def test_pretrained_towers_are_taken_over_and_folded(tmp_path):
+    vision_config = ViTConfig(image_size=32, patch_size=8, **SHAPE)
+    vision, text = ViTModel(vision_config), BertModel(BertConfig(vocab_size=100, **SHAPE))
+    vision.save_pretrained(tmp_path / "vision")
+    text.save_pretrained(tmp_path / "text")
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    with pytest.raises(ValueError, match="vision_image_mean"):
+        MMCLIPModel.from_vision_text_pretrained(tmp_path / "vision", tmp_path / "text")
+    model = MMCLIPModel.from_vision_text_pretrained(
+        tmp_path / "vision", tmp_path / "text", vision_image_mean=mean, vision_image_std=std, projection_dim=16
+    ).eval()
+    grey = torch.rand(2, 1, 32, 32)
+    rgb = (grey - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+    with torch.no_grad():
+        expected = vision.eval()(rgb).last_hidden_state
+        found = model.get_image_features((grey - 0.5) / 0.25).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    ids = torch.randint(5, 100, (2, 7))
+    with torch.no_grad():
+        expected_text = text.eval()(ids).last_hidden_state
+        found_text = model.get_text_features(ids).last_hidden_state
+    torch.testing.assert_close(found_text, expected_text)
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+def test_one_batch_gives_every_parameter_a_gradient(batch):
+    model = MMCLIPForPreTraining(tiny_config())
+    model(**batch).loss.backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    zero = [name for name, parameter in model.named_parameters() if parameter.grad is not None and not parameter.grad.any()]
+    assert without == []
+    # softmax does not feel a shift of all its keys, so those biases have no slope (up to rounding); nothing else may
+    assert all("key" in name or "k_proj" in name for name in zero), zero
+
+
+@pytest.mark.parametrize("name", ["contrastive", "mim", "mlm", "prompt"])
+def test_a_branch_of_weight_zero_is_neither_built_nor_run(name, batch):
+    model = MMCLIPForPreTraining(tiny_config(**{f"{name}_weight": 0}))
+    outputs = model(**batch)
+    outputs.loss.backward()
+    assert name not in outputs.loss_info and len(outputs.loss_info) == 3
+    assert not [key for key in model.state_dict() if key.startswith(f"{name}_head")]
+
+
+def test_the_total_is_the_weighted_sum_of_its_parts(batch):
+    model = MMCLIPForPreTraining(tiny_config(mim_weight=0.5, mlm_weight=2.0, prompt_weight=3.0)).eval()
+    outputs = model(**batch)
+    parts = outputs.loss_info
+    total = parts["contrastive"] + 0.5 * parts["mim"] + 2 * parts["mlm"] + 3 * parts["prompt"]
+    torch.testing.assert_close(outputs.loss, total)
+
+
+def test_the_image_of_a_text_only_row_is_not_looked_at(batch):
+    model = MMCLIPForPreTraining(tiny_config()).eval()
+    changed = batch | {"pixel_values": batch["pixel_values"].clone()}
+    changed["pixel_values"][-1] = 9.0
+    assert model(**batch).loss.item() == model(**changed).loss.item()
+    changed["pixel_values"][0] = 9.0
+    assert model(**batch).loss.item() != model(**changed).loss.item()
+
+
+def test_masked_words_are_predicted_with_the_help_of_the_image_and_patches_with_the_help_of_the_text(batch):
+    model = MMCLIPForPreTraining(tiny_config()).eval()
+    outputs = model(**batch)
+    other_image = model(**(batch | {"pixel_values": batch["pixel_values"].flip(0)}))
+    assert not torch.allclose(outputs.mlm_logits[:2], other_image.mlm_logits[:2])
+    hidden = {"bool_masked_pos": outputs.bool_masked_pos}
+    other_text = model(**(batch | {"input_ids": batch["input_ids"].flip(1)} | hidden))
+    assert not torch.allclose(model(**(batch | hidden)).mim_logits[1], other_text.mim_logits[1])
+
+
+def test_shuffling_the_batch_shuffles_the_logits(batch):
+    model = MMCLIPForPreTraining(tiny_config()).eval()
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = {key: value[order] if len(value) == 4 else value for key, value in batch.items()}
+    expected = model(**batch)
+    found = model(**shuffled)
+    torch.testing.assert_close(found.logits_per_image, expected.logits_per_image[order][:, order])
+    torch.testing.assert_close(found.loss, expected.loss)
+
+
+def test_padding_changes_nothing(batch):
+    model = MMCLIPForPreTraining(tiny_config()).eval()
+    pad = torch.nn.functional.pad
+    padded = dict(batch)
+    for key, value in (("input_ids", 0), ("attention_mask", 0), ("input_ids_masked", 0), ("mlm_labels", -100)):
+        padded[key] = pad(batch[key], (0, 5), value=value)
+    padded["entity_mask"] = pad(batch["entity_mask"], (0, 5), value=False)
+    torch.testing.assert_close(model(**padded).loss, model(**batch).loss)
+
+
+def test_word_logits_have_the_masked_words_with_labels_and_every_word_without(batch):
+    model = MMCLIPForPreTraining(tiny_config()).eval()
+    assert model(**batch).mlm_logits.shape == (8, 100)  # two words in each of four texts
+    labels = batch.pop("mlm_labels")
+    every_word = model(**batch)
+    assert every_word.mlm_logits.shape == (4, 10, 100) and "mlm" not in every_word.loss_info
+    torch.testing.assert_close(model(**batch, mlm_labels=labels).mlm_logits, every_word.mlm_logits[labels != -100])
+
+
+def test_sdpa_and_eager_attention_agree(batch):
+    model = MMCLIPForPreTraining(tiny_config()).eval()
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    assert eager.config._attn_implementation == "eager" and model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(eager(**batch).loss, model(**batch).loss, atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(batch):
+    model = MMCLIPForPreTraining(tiny_config()).train()
+    saving = copy.deepcopy(model)
+    saving.gradient_checkpointing_enable()
+    assert saving.is_gradient_checkpointing
+    for each in (model, saving):
+        each(**batch).loss.backward()
+    for (name, one), (_, other) in zip(model.named_parameters(), saving.named_parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, msg=name)
+
+
+def test_bfloat16_and_compile_give_the_same_loss_within_rounding(batch):
+    model = MMCLIPForPreTraining(tiny_config()).eval()
+    expected = model(**batch).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(**batch).loss
+    torch.testing.assert_close(rounded.float(), expected, rtol=0.02, atol=0.05)
+    whole = copy.deepcopy(model).to(torch.bfloat16)
+    in_bfloat16 = batch | {"pixel_values": batch["pixel_values"].bfloat16()}
+    torch.testing.assert_close(whole(**in_bfloat16).loss.float(), expected, rtol=0.03, atol=0.1)
+
+
+@pytest.mark.slow
+def test_compiled_towers_have_no_graph_break_and_give_the_same_features(batch):
+    model = MMCLIPModel(tiny_config(vision_stem="convolution")).eval()
+    with torch.no_grad():
+        expected = model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"]).logits_per_image
+        compiled = torch.compile(model, fullgraph=True)
+        found = compiled(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"]).logits_per_image
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_tiny_batch_can_be_overfitted():
+    torch.manual_seed(0)
+    batch = tiny_batch()
+    model = MMCLIPForPreTraining(tiny_config(mim_weight=0.1)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        outputs = model(**batch)
+        outputs.loss.backward()
+        optimizer.step()
+    assert outputs.loss_info["contrastive"] < 0.1 and outputs.loss_info["mlm"] < 0.1
+    assert outputs.loss_info["prompt"] < 0.1 and outputs.loss_info["mim"] < 0.9
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"vision_stem": "convolution"},
+        {"image_pooling": "cls"},
+        {"text_pooling": "cls"},
+        {"mim_masking": "random"},
+        {"mim_mask_ratio": 0.25},
+        {"mim_attended_share": 0.2},
+        {"logit_scale_init_value": 1.0},
+        {"decoder_num_layers": 1},
+        {"decoder_num_heads": 3},
+        {"initializer_range": 0.1},
+    ],
+    ids=str,
+)
+def test_every_option_changes_the_loss(option, batch):
+    losses = []
+    for fields in ({}, option):
+        torch.manual_seed(0)
+        losses.append(MMCLIPForPreTraining(tiny_config(**fields)).eval()(**batch).loss.item())
+    assert losses[0] != losses[1]
+
+
+def test_one_modality_alone_gives_its_embedding_first(batch):
+    model = MMCLIPModel(tiny_config()).eval()
+    image_only, text_only = model(pixel_values=batch["pixel_values"]), model(input_ids=batch["input_ids"])
+    assert image_only[0].shape == (4, 16) and text_only[0].shape == (4, 16)
+    torch.testing.assert_close(image_only.image_embeds.norm(dim=-1), torch.ones(4))
+    with pytest.raises(ValueError, match="neither"):
+        model()
+    with pytest.raises(ValueError, match="return_loss"):
+        model(pixel_values=batch["pixel_values"], return_loss=True)
+
+
+def test_text_to_patch_attention_sums_to_one_and_peaks_where_the_patch_matches(batch):
+    model = MMCLIPModel(tiny_config()).eval()
+    attention = model.get_text_to_patch_attention(batch["pixel_values"], batch["input_ids"], batch["attention_mask"])
+    torch.testing.assert_close(attention.sum(dim=-1), torch.ones(4))
+    with torch.no_grad():
+        model.visual_projection.weight.copy_(torch.eye(16, 32))
+    patch_tokens = torch.zeros(1, 4, 32)
+    patch_tokens[0, :, 0] = torch.tensor([0.1, 0.1, 1.0, 0.1])
+    patch_tokens[0, :, 1] = torch.tensor([1.0, 1.0, 0.1, 1.0])
+    assert model.attention_to_patches(patch_tokens, torch.eye(16)[:1]).argmax().item() == 2
+
+
+def test_an_image_of_the_wrong_size_or_channels_is_an_error_that_says_both(batch):
+    with pytest.raises(ValueError, match=r"\(B, 1, 32, 32\).*\(2, 3, 32, 32\)"):
+        MMCLIPModel(tiny_config())(pixel_values=torch.zeros(2, 3, 32, 32))
+
+
+def test_classifier_ignores_unknown_labels_and_learns_both_problem_types(batch):
+    pixel_values = batch["pixel_values"]
+    model = MMCLIPForImageClassification(tiny_config(num_labels=2)).eval()
+    logits = model(pixel_values).logits
+    labels = torch.tensor([[1.0, -100.0], [0.0, float("nan")], [1.0, -1.0], [1.0, -100.0]])
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits[:, 0], labels[:, 0])
+    torch.testing.assert_close(model(pixel_values, labels=labels).loss, expected)
+    model = MMCLIPForImageClassification(tiny_config(num_labels=3, problem_type="single_label_classification")).eval()
+    classes = torch.tensor([0, 1, 2, 0])
+    expected = torch.nn.functional.cross_entropy(model(pixel_values).logits, classes)
+    torch.testing.assert_close(model(pixel_values, labels=classes).loss, expected)
+
+
+@pytest.mark.parametrize("model_class", [MMCLIPModel, MMCLIPForPreTraining, MMCLIPForImageClassification])
+def test_saved_and_loaded_models_are_equal_to_the_last_bit(model_class, batch, tmp_path):
+    model = model_class(tiny_config(vision_stem="convolution"))
+    model.save_pretrained(tmp_path)
+    loaded = model_class.from_pretrained(tmp_path)
+    assert set(loaded.state_dict()) == set(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    assert [file.name for file in tmp_path.glob("*.bin")] == [] and (tmp_path / "model.safetensors").is_file()
+
+
+def test_a_pretraining_checkpoint_loads_into_the_plain_model_and_the_classifier(batch, tmp_path):
+    model = MMCLIPForPreTraining(tiny_config()).eval()
+    model.save_pretrained(tmp_path)
+    plain = AutoModel.from_pretrained(tmp_path)
+    assert type(plain).__name__ == "MMCLIPModel"
+    assert torch.equal(
+        plain.get_image_features(batch["pixel_values"]).pooler_output,
+        model.get_image_features(batch["pixel_values"]).pooler_output,
+    )
+    classifier = MMCLIPForImageClassification.from_pretrained(tmp_path, num_labels=5)
+    assert torch.equal(classifier.vision_model.layernorm.weight, model.vision_model.layernorm.weight)
+    assert classifier.classifier.out_features == 5

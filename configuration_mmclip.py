@@ -17,7 +17,7 @@ AUTO_MAP = {
 }
 # ViT-B/16 on one channel, and BERT-base with the vocabulary of the tokenizer that ships with the repository.
 DEFAULT_VISION_CONFIG = {"model_type": "vit", "num_channels": 1, "image_size": 224, "patch_size": 16}
-DEFAULT_TEXT_CONFIG = {"model_type": "bert", "vocab_size": 4096}
+DEFAULT_TEXT_CONFIG = {"model_type": "bert", "vocab_size": 5120}
 
 
 def _to_config(value, default: dict, name: str) -> PretrainedConfig:

@@ -605,7 +605,9 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
             from .processing_mmclip import MMCLIPProcessor
 
             if self.name_or_path:
-                self.processor = MMCLIPProcessor.from_pretrained(self.name_or_path)
+                # whoever runs this file from a saved folder has trusted that folder's code already
+                trusted = __name__.startswith("transformers_modules")
+                self.processor = MMCLIPProcessor.from_pretrained(self.name_or_path, trust_remote_code=trusted)
             else:
                 size = {"height": self.image_size, "width": self.image_size}
                 self.processor = MMCLIPProcessor(MMCLIPImageProcessor(size=size))

@@ -1,15 +1,15 @@
 """Pretrain MMCLIP: accelerate launch examples/run_pretrain.py examples/configs/phantom_tiny.yaml [--key value ...]
 
-OUTPUT_DIR gets `checkpoint/` (model, processor and code, ready for `AutoModel`), `run_config.yaml` (every argument as it
+OUTPUT_DIR gets `checkpoint/` (model, processor and code, ready for `AutoModel`), `run_config.json` (every argument as it
 was resolved), `train_results.json`, `trainer_state.json` (the log) and the Trainer's own checkpoints.
 """
 
 import dataclasses
+import json
 import logging
 from pathlib import Path
 
 import transformers
-import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
 from MMCLIP.training.arguments import parse_run_config
@@ -40,7 +40,7 @@ def main():
 
     output_dir = Path(training_arguments.output_dir)
     if is_main:
-        save_run_config(output_dir / "run_config.yaml", model_arguments, data_arguments, training_arguments)
+        save_run_config(output_dir / "run_config.json", model_arguments, data_arguments, training_arguments)
     trainer = MMCLIPTrainer(
         model=model,
         args=training_arguments,
@@ -63,19 +63,15 @@ def main():
     logger.info(f"model, processor and code are in {output_dir / 'checkpoint'}")
 
 
-def save_run_config(path: Path, *arguments):
-    """Every argument of the run as it was resolved, as a YAML file that can be read, not an input to the next run."""
+def save_run_config(path: Path, model_arguments, data_arguments, training_arguments):
+    """Every argument as it was resolved, defaults included; to read, the next run takes the YAML file again."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    resolved = {}
-    for group in arguments:
-        resolved[type(group).__name__] = {
-            item.name: getattr(group, item.name)
-            if isinstance(getattr(group, item.name), (str, int, float, bool, list, dict, type(None)))
-            else str(getattr(group, item.name))
-            for item in dataclasses.fields(group)
-            if not item.name.endswith("token")
-        }
-    path.write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+    resolved = {
+        "model": dataclasses.asdict(model_arguments),
+        "data": dataclasses.asdict(data_arguments),
+        "training": training_arguments.to_dict(),  # without the secrets
+    }
+    path.write_text(json.dumps(resolved, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

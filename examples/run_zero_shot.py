@@ -37,27 +37,28 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_bootstrap", type=int, default=1000, help="draws of patients for the 95 %% intervals")
     parser.add_argument("--train_results", help="train_results.json of the run; default: searched beside the model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.phantoms is not None and (args.split or args.fully_labelled):
+        parser.error("--split and --fully_labelled are for --manifest; phantoms are held out and have all labels")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    fully_labelled = tuple(filter(None, args.fully_labelled.split(",")))
     if not (Path(args.model) / "config.json").is_file():
         raise ValueError(f"--model: {args.model} has no config.json. Give the folder of a saved model: X/checkpoint.")
     train, log_history = report.read_train_results(args.model, args.train_results)  # before the long part
     if args.manifest:
         from MMCLIP.data.readers import read_csv_manifest
 
-        rows = read_csv_manifest(args.manifest, split=args.split, drop_unlabelled=True)
+        sources = tuple(filter(None, args.fully_labelled.split(",")))
+        rows = read_csv_manifest(args.manifest, args.split, drop_unlabelled=True, fully_labelled=sources)
         data = f"{args.manifest}, split {args.split or 'all'}, {len(rows)} rows"
     else:
         from MMCLIP.data.phantom import phantom_dataset
 
         rows = phantom_dataset(args.phantoms, size=args.phantom_size, split="test")
         data = f"{args.phantoms} phantoms of the held-out stream, {args.phantom_size} px"
-    if unknown := set(fully_labelled) - set(rows["source"]):
-        raise ValueError(f"--fully_labelled: no row has the source {sorted(unknown)}; there are {set(rows['source'])}.")
     model = AutoModel.from_pretrained(args.model, trust_remote_code=True).to(args.device).eval()
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
 
@@ -68,7 +69,6 @@ def main(arguments: list[str] | None = None) -> None:
         rows,
         labels=args.labels.split(",") if args.labels else None,
         unlisted_is_absent=args.unlisted_is_absent,
-        fully_labelled=fully_labelled,
         ensemble=args.ensemble,
         progress="zero-shot",
         **shared,

@@ -1,0 +1,169 @@
+"""Manifest rows as training samples: every row becomes an image, a text, its entities and its labels."""
+
+from collections.abc import Callable, Iterator
+
+import datasets
+import numpy as np
+import torch
+
+from ..image_processing_mmclip import load_grayscale
+from ..text.entities import Entity, LexiconRecognizer, report_labels
+from ..text.prompts import sample_prompt
+
+
+# Each use of randomness in a sample has its own stream, so that switching one off leaves the others as they were.
+TEXT_STREAM, AUGMENTATION_STREAM, COLLATOR_STREAM, BATCH_STREAM = range(4)
+
+
+def sample_generator(sample_seed: tuple[int, int, int], stream: int) -> np.random.Generator:
+    """The generator of one stream of one sample; `sample_seed` is (seed, epoch, index)."""
+    return np.random.default_rng((*sample_seed, stream))
+
+
+class MMCLIPDataset(torch.utils.data.Dataset):
+    """Samples of a manifest, paired, unpaired and text-only rows alike.
+
+    `dataset[i]` is a dict with `row_id`, `image` (PIL image of mode "L", None for a text-only row), `text`, `entities`
+    (list of `Entity` in `text`), `present` and `absent` (canonical labels), `sample_seed` (seed, epoch, i).
+
+    A row with a report has that text, and by default the labels its report states. A row without one gets a
+    disease-kind prompt written from its labels and drawn anew in each epoch. The same (seed, epoch, i) gives the same
+    sample in any process. The entities of reports are found once, here, and cached by `datasets`.
+
+    Args:
+        rows: Rows with the columns of `MMCLIP.data.manifest.FEATURES`; checked by `check_rows` where they are read.
+        recognizer: Text -> list of `Entity`; `LexiconRecognizer` when None.
+        augmentation: (PIL image, generator) -> PIL image, as `RadiographAugmentation`; None leaves images alone.
+        seed: First part of every sample's seed, not negative.
+        unpaired_texts: "prompt" (drawn in each epoch) or "label" (the bare label names, always the same).
+        paired_labels: labels of a row with a report: "report" (what it states), "stored" (the row's own) or "both"
+            (what it states, then the row's own for labels that it does not mention).
+        max_negatives: At most so many absent labels are named in a prompt; 0 for none.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        *,
+        recognizer: Callable[[str], list[Entity]] | None = None,
+        augmentation: Callable | None = None,
+        seed: int = 0,
+        unpaired_texts: str = "prompt",
+        paired_labels: str = "report",
+        max_negatives: int = 3,
+    ):
+        if unpaired_texts not in ("prompt", "label"):
+            raise ValueError(f"unpaired_texts is {unpaired_texts!r}, expected 'prompt' or 'label'.")
+        if paired_labels not in ("report", "stored", "both"):
+            raise ValueError(f"paired_labels is {paired_labels!r}, expected 'report', 'stored' or 'both'.")
+        if seed < 0:
+            raise ValueError(f"seed is {seed}, expected a number that is not negative.")
+        self.recognizer = recognizer if recognizer is not None else LexiconRecognizer()
+        self.augmentation = augmentation
+        self.seed = int(seed)
+        self.unpaired_texts = unpaired_texts
+        self.paired_labels = paired_labels
+        self.max_negatives = max_negatives
+        if "masks" in rows.column_names:
+            rows = rows.remove_columns("masks")
+        self.rows = find_entities(rows, self.recognizer)
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared, so that live workers see it change
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw from the streams of `epoch` from now on, in worker processes that already run too."""
+        self._epoch.fill_(epoch)
+
+    def labels(self) -> Iterator[tuple[list[str], list[str]]]:
+        """(present, absent) of every sample, in order and without reading images."""
+        for row in self.rows.remove_columns("image"):
+            yield self._labels(row, _entities(row))
+
+    def __getitem__(self, index: int) -> dict:
+        index = range(len(self))[index]
+        row = self.rows[index]
+        sample_seed = (self.seed, self.epoch, index)
+        if row["report"] is not None:
+            text = row["report"]
+            entities = _entities(row)
+        else:
+            text = self._prompt(row, sample_generator(sample_seed, TEXT_STREAM))
+            entities = self.recognizer(text)
+        present, absent = self._labels(row, entities)
+        image = None
+        if row["image"] is not None:
+            where = f"row {row['row_id']!r}"
+            stored = row["image"]["bytes"] if row["image"]["bytes"] is not None else row["image"]["path"]
+            image = load_grayscale(stored, where=where)
+            if self.augmentation is not None:
+                image = self.augmentation(image, sample_generator(sample_seed, AUGMENTATION_STREAM))
+        return {
+            "row_id": row["row_id"],
+            "image": image,
+            "text": text,
+            "entities": entities,
+            "present": present,
+            "absent": absent,
+            "sample_seed": sample_seed,
+        }
+
+    def _labels(self, row: dict, entities: list[Entity]) -> tuple[list[str], list[str]]:
+        if row["report"] is None or self.paired_labels == "stored":
+            return list(row["present"]), list(row["absent"])
+        present, absent, uncertain = report_labels(entities)
+        if self.paired_labels == "both":
+            said = {*present, *absent, *uncertain}
+            present += [label for label in row["present"] if label not in said]
+            absent += [label for label in row["absent"] if label not in said]
+        return present, absent
+
+    def _prompt(self, row: dict, generator: np.random.Generator) -> str:
+        if self.unpaired_texts == "label" and row["present"]:
+            return ", ".join(row["present"])
+        try:
+            return sample_prompt(row["present"], row["absent"], generator, max_negatives=self.max_negatives)
+        except ValueError as error:
+            raise ValueError(f"row {row['row_id']!r}: {error}") from error
+
+
+def _entities(row: dict) -> list[Entity]:
+    return [Entity(*(entity[field] for field in Entity._fields)) for entity in row["entities"]]
+
+
+def find_entities(rows: datasets.Dataset, recognizer: Callable[[str], list[Entity]]) -> datasets.Dataset:
+    """`rows` with a column `entities` of the spans in `report`, [] where there is no report.
+
+    `datasets` caches the result. The cache is named by the rows and by `recognizer.fingerprint`, which a recogniser has
+    to change with its code and vocabulary; one without that attribute is named by its pickled state.
+    """
+    features = rows.features.copy()
+    features["entities"] = datasets.List(
+        {
+            "start": datasets.Value("int32"),
+            "end": datasets.Value("int32"),
+            "concept": datasets.Value("string"),
+            "kind": datasets.Value("string"),
+            "assertion": datasets.Value("string"),
+        }
+    )
+    fingerprint = getattr(recognizer, "fingerprint", None)
+    if fingerprint is not None:
+        fingerprint = datasets.fingerprint.Hasher.hash([rows._fingerprint, fingerprint])
+    return rows.map(
+        lambda reports: {
+            "entities": [
+                [] if report is None else [entity._asdict() for entity in recognizer(report)] for report in reports
+            ]
+        },
+        input_columns="report",
+        batched=True,
+        features=features,
+        new_fingerprint=fingerprint,
+        desc="Finding entities",
+    )

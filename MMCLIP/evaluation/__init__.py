@@ -1,0 +1,1 @@
+"""What a trained MMCLIP can do: zero-shot metrics, grounding, and the files that report them."""

@@ -1,0 +1,257 @@
+"""The files of an evaluation: metrics.json, report.md and the figures. Plots are drawn without a display."""
+
+import csv
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import transformers
+
+from ..image_processing_mmclip import load_grayscale
+from .grounding import example_pairs, grounding_heatmaps, heatmap_scores
+from .metrics import UNKNOWN
+from .zero_shot import ZeroShotPredictions
+
+
+def describe_run(model: str, data: str) -> dict:
+    """What a reader needs to repeat the numbers: command line, model folder, data and versions."""
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets, np)}
+    versions["python"] = platform.python_version()
+    return {"command": shlex.join(["python", *sys.argv]), "model": model, "data": data, "versions": versions}
+
+
+def read_train_results(
+    model_dir: str | Path, train_results: str | Path | None = None
+) -> tuple[dict | None, list[dict]]:
+    """`{"seconds", "samples_per_second", ...}` of the training run and its log history, for metrics.json and the plot.
+
+    Reads the Trainer's train_results.json (`train_results`, or the one in `model_dir` or in the folder above it) and
+    trainer_state.json beside it. Without either file the results are None and the history is empty; a `train_results`
+    that was named must exist.
+    """
+    model_dir = Path(model_dir).resolve()
+    folders = [model_dir, model_dir.parent]
+    if train_results is not None:
+        if not Path(train_results).is_file():
+            raise ValueError(
+                f"There is no train_results file {train_results}. Leave it out to search beside the model."
+            )
+        folders = [Path(train_results).parent]
+    results, history = None, []
+    candidates = [Path(train_results)] if train_results else [folder / "train_results.json" for folder in folders]
+    file = next((path for path in candidates if path.is_file()), None)
+    if file is not None:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        missing = [key for key in ("train_runtime", "train_samples_per_second") if key not in values]
+        if missing:
+            raise ValueError(
+                f"{file} lacks {', '.join(missing)}; expected what Trainer.save_metrics writes for 'train'."
+            )
+        results = {key.removeprefix("train_").replace("runtime", "seconds"): value for key, value in values.items()}
+        folders = [file.parent, *folders]
+    states = [folder / "trainer_state.json" for folder in folders]
+    state = next((path for path in states if path.is_file()), None)
+    if state is not None:
+        history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    return results, history
+
+
+def write_metrics(output_dir: str | Path, results: Mapping) -> Path:
+    """Write `results` to metrics.json. A NaN is an error: a number that could not be measured must be None."""
+    path = Path(output_dir) / "metrics.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return path
+
+
+def write_predictions(output_dir: str | Path, predictions: ZeroShotPredictions) -> Path:
+    """Write P(present) of each label, `score:NAME`, and `target:NAME` (1, 0, empty = unknown) to predictions.csv."""
+    path = Path(output_dir) / "predictions.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        columns = [f"{kind}:{label}" for label in predictions.labels for kind in ("score", "target")]
+        writer.writerow(["row_id", *columns])
+        for row_id, scores, targets in zip(predictions.row_ids, predictions.scores, predictions.targets, strict=True):
+            cells = [(repr(float(s)), "" if t == UNKNOWN else int(t)) for s, t in zip(scores, targets, strict=True)]
+            writer.writerow([row_id, *(cell for pair in cells for cell in pair)])
+    return path
+
+
+def _number(value: float | None, interval: Sequence[float] | None = None) -> str:
+    if value is None:
+        return "n/a"
+    return f"{value:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (header, rule, *rows))
+
+
+def zero_shot_table(zero_shot: Mapping) -> str:
+    """A Markdown table: AUROC and average precision with 95 % intervals for each finding and their mean."""
+    keys = ("auroc", "average_precision")
+    rows = [
+        [name, *(_number(v[key], v[f"{key}_ci"]) for key in keys), v["num_positive"], v["num_negative"]]
+        for name, v in zero_shot["per_class"].items()
+    ]
+    macro = [_number(zero_shot[f"macro_{key}"], zero_shot[f"macro_{key}_ci"]) for key in keys]
+    rows.append([f"**mean of {len(rows)}**", *macro, "", ""])
+    return _table(["finding", "AUROC (95 %)", "average precision (95 %)", "present", "absent"], rows)
+
+
+def write_markdown(output_dir: str | Path, results: Mapping, figures: Sequence[Path] = ()) -> Path:
+    """Write report.md from the same `results` as metrics.json; `figures` are linked relative to `output_dir`."""
+    path = Path(output_dir) / "report.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    zero_shot = results["zero_shot"]
+    lines = ["# MMCLIP evaluation", ""]
+    for key in ("model", "data", "command"):
+        if key in results:
+            lines.append(f"- {key}: `{results[key]}`")
+    lines += ["", "## Zero-shot classification", "", zero_shot_table(zero_shot), ""]
+    lines.append(
+        "{num_images} images of {num_patients} patients; left out {num_without_label} rows without a label and "
+        "{num_without_image} without an image. Intervals: {num_bootstrap} draws of patients. In "
+        "{num_unlisted_is_absent} images a label that is not named counts as absent.".format_map(zero_shot)
+    )
+    if zero_shot["macro_auroc_ci"] is None and zero_shot["per_class"] and zero_shot["num_bootstrap"]:
+        lines.append(
+            "\nThe mean has no interval: every label has present and absent images in only {num_bootstrap_macro} of "
+            "{num_bootstrap} draws. Evaluate the commoner labels alone to get one.".format_map(zero_shot)
+        )
+    if zero_shot["skipped"]:
+        named = ", ".join(f"{entry['name']} ({entry['reason']})" for entry in zero_shot["skipped"])
+        lines.append(f"\nSkipped, {zero_shot['num_skipped']} labels: {named}.")
+    if "by_source" in zero_shot:
+        lines += ["", "AUROC within each source; across sources a model may tell the source, not the disease:", ""]
+        sources = zero_shot["by_source"]
+        rows = [
+            [name, *(_number(sources[s]["per_class"].get(name, {}).get("auroc")) for s in sources)]
+            for name in zero_shot["per_class"]
+        ]
+        rows.append(["**mean**", *(_number(values["macro_auroc"]) for values in sources.values())])
+        lines.append(_table(["finding", *(f"{s} ({sources[s]['num_images']})" for s in sources)], rows))
+    if "grounding" in results:
+        grounding = results["grounding"]
+        rows = [
+            [name, _number(v["heatmap_auroc"]), _number(v["pointing_game"]), v["num_pairs"]]
+            for name, v in grounding["per_finding"].items()
+        ]
+        overall = _number(grounding["heatmap_auroc"], grounding["heatmap_auroc_ci"])
+        rows.append(["**all**", overall, _number(grounding["pointing_game"]), grounding["num_pairs"]])
+        lines += ["", "## Grounding", "", _table(["finding", "heat-map AUROC", "pointing game", "masks"], rows), ""]
+        lines.append(
+            "Text-to-patch attention against the true masks. Chance is 0.5 for the AUROC and "
+            f"{grounding['pointing_game_chance']:.3f} for the pointing game."
+        )
+    if "train" in results:
+        speed = "{seconds:.0f} s, {samples_per_second:.1f} samples a second.".format_map(results["train"])
+        lines += ["", "## Training", "", speed]
+    for figure in figures:
+        title = figure.stem.replace("_", " ")
+        lines += ["", f"![{title}]({figure.relative_to(path.parent).as_posix()})"]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def _save(figure, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _subplots(rows: int, columns: int, width: float, height: float):
+    from matplotlib.figure import Figure  # takes a second; drawn without pyplot, so no backend and no display
+
+    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def plot_roc(predictions: ZeroShotPredictions, path: str | Path, num_columns: int = 4) -> Path:
+    """ROC curves, one panel for each label that has both kinds of image, with its AUROC. Raises if there is none."""
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    curves = []
+    for name, targets, scores in zip(predictions.labels, predictions.targets.T, predictions.margins.T, strict=True):
+        known = targets != UNKNOWN
+        if len(np.unique(targets[known])) == 2:
+            false, true, _ = roc_curve(targets[known], scores[known])
+            curves.append((name, false, true, roc_auc_score(targets[known], scores[known])))
+    if not curves:
+        raise ValueError("No label has both present and absent images, so there is no ROC curve to draw.")
+    num_columns = min(num_columns, len(curves))
+    figure, axes = _subplots(-(-len(curves) // num_columns), num_columns, 2.6, 2.7)
+    for axis in axes.flat[len(curves) :]:
+        axis.set_axis_off()
+    for axis, (name, false, true, area) in zip(axes.flat, curves, strict=False):
+        axis.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle="--")
+        axis.plot(false, true, color="tab:blue", linewidth=1.6)
+        axis.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        axis.set_title(f"{name}  {area:.3f}", fontsize=9)
+    figure.supxlabel("false positive rate", fontsize=9)
+    figure.supylabel("true positive rate", fontsize=9)
+    return _save(figure, path)
+
+
+def plot_heatmaps(model, processor, rows: datasets.Dataset, path: str | Path, num: int = 6) -> Path:
+    """`num` images with the heat map of a finding over them and the outline of its true mask.
+
+    The pairs are the first of the rows, of different findings where possible, whether they turned out well or not.
+    """
+    pairs = example_pairs(rows, num)
+    if not pairs:
+        raise ValueError(f"None of {len(rows)} rows has an image with a lesion mask, so there is nothing to draw.")
+    heatmaps = grounding_heatmaps(model, processor, rows, pairs)
+    figure, axes = _subplots(2, len(pairs), 2.2, 2.5)
+    for column, (pair, heatmap) in enumerate(zip(pairs, heatmaps, strict=True)):
+        image = np.asarray(load_grayscale(rows[pair.row]["image"], where=rows[pair.row]["row_id"]))
+        for axis in axes[:, column]:
+            axis.imshow(image, cmap="gray", vmin=0, vmax=255)
+            axis.set_axis_off()
+        axes[0, column].set_title(pair.finding, fontsize=9)
+        span = np.ptp(heatmap) or 1.0  # a constant map is drawn as one colour
+        axes[1, column].imshow((heatmap - heatmap.min()) / span, cmap="inferno", alpha=0.5, vmin=0, vmax=1)
+        if pair.mask.any() and not pair.mask.all():
+            outline = np.pad(pair.mask, 1)  # closed also where the lesion meets the edge of the image
+            grid = [np.arange(-1, size + 1) for size in pair.mask.shape[::-1]]
+            axes[1, column].contour(*grid, outline, levels=[0.5], colors="cyan", linewidths=1.0)
+            axes[1, column].set_title(f"AUROC {heatmap_scores(heatmap, pair.mask)[0]:.2f}", fontsize=9)
+    figure.suptitle("text-to-patch attention; outline: true mask", fontsize=9)
+    return _save(figure, path)
+
+
+def plot_loss_curves(log_history: Sequence[Mapping], path: str | Path) -> Path:
+    """Each loss of a Trainer's `log_history` over the steps, and below it the AUROC of the validations, if any."""
+    losses, validation = {}, []
+    for entry in log_history:
+        for key, value in entry.items():
+            if key == "loss" or key.startswith("loss_"):
+                name = "total" if key == "loss" else key.removeprefix("loss_")
+                losses.setdefault(name, []).append((entry["step"], value))
+            elif key == "eval_macro_auroc" and value is not None:
+                validation.append((entry["step"], value))
+    if not losses:
+        raise ValueError("The log history holds no loss. Train with a `logging_steps` shorter than the run.")
+    figure, axes = _subplots(2 if validation else 1, 1, 6.4, 3.0)
+    for name, points in losses.items():
+        axes[0, 0].plot(*zip(*points, strict=True), label=name, linewidth=1.4)
+    axes[0, 0].set(ylabel="loss")
+    axes[0, 0].legend(fontsize=8)
+    if validation:
+        axes[1, 0].plot(*zip(*validation, strict=True), marker="o", color="black", linewidth=1.4)
+        axes[1, 0].set(ylabel="zero-shot AUROC (validation)")
+    axes[-1, 0].set(xlabel="step")
+    last_step = max(step for points in losses.values() for step, _ in points)
+    for axis in axes.flat:
+        axis.set_xlim(0, last_step * 1.02)
+        axis.grid(alpha=0.3)
+    return _save(figure, path)

@@ -1,0 +1,267 @@
+"""Zero-shot classification: one positive and one negative prompt ensemble for each finding, no training.
+
+Follows CheXzero and CXR-CLIP: P(present) is the softmax over the pair (positive, negative) at the model's temperature.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from ..text.prompts import negative_prompts, positive_prompts
+from ..text.vocabulary import canonical_label, with_broader_labels
+from .metrics import UNKNOWN, classification_metrics
+
+
+class ZeroShotPredictions(NamedTuple):
+    """What was scored: `row_ids` (n,), names of `labels` (F,), `targets` (n, F) of 1 present, 0 absent, -100 unknown.
+
+    `margins` (n, F) are logits of positive minus negative prompt: they rank images that all round to P(present) = 1.
+    """
+
+    row_ids: list[str]
+    labels: list[str]
+    targets: np.ndarray
+    margins: np.ndarray
+
+    @property
+    def scores(self) -> np.ndarray:
+        """P(present), (n, F) in [0, 1]."""
+        return torch.from_numpy(self.margins).sigmoid().numpy()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the block in eval mode without gradients; afterwards every module is in the mode it was in before."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+class _Images(Dataset):
+    """Image sources (rows of a manifest, or a list of anything the processor reads) -> (C, H, W) `pixel_values`."""
+
+    def __init__(self, processor, images: Sequence | datasets.Dataset):
+        self.processor = processor
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image, where = self.images[index], f"Image {index}"
+        if isinstance(self.images, datasets.Dataset):
+            image, where = image["image"], f"Row {image['row_id']!r}"
+        try:
+            pixel_values = self.processor.image_processor([image], return_tensors="pt")["pixel_values"]
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        return pixel_values[0]
+
+
+def pixel_value_batches(
+    processor, images: Sequence | datasets.Dataset, batch_size: int, num_workers: int = 0, progress: str = ""
+) -> Iterator[Tensor]:
+    """Batches (B, C, H, W) of `images` in order; `progress` names a progress bar, "" shows none."""
+    columns = ["row_id", "image"]
+    if isinstance(images, datasets.Dataset):
+        images = images.select_columns(columns)  # masks and reports would be read for nothing
+    loader = DataLoader(_Images(processor, images), batch_size=batch_size, num_workers=num_workers)
+    yield from tqdm(loader, desc=progress, unit="batch", disable=not progress)
+
+
+def embed_images(
+    model,
+    processor,
+    images: Sequence | datasets.Dataset,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    progress: str = "",
+) -> Tensor:
+    """Projected, L2-normalised embeddings (n, D) of `images`, float64 on the CPU."""
+    embeds = []
+    with evaluating(model):
+        for pixel_values in pixel_value_batches(processor, images, batch_size, num_workers, progress):
+            pixel_values = pixel_values.to(device=model.device, dtype=model.dtype)
+            embeds.append(model.get_image_features(pixel_values=pixel_values).pooler_output.double().cpu())
+    if not embeds:
+        raise ValueError("There is no image to embed. Check the split and the filters of the rows.")
+    return torch.cat(embeds)
+
+
+def embed_texts(model, processor, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+    """Projected, L2-normalised embeddings (n, D) of `texts`, float64 on the CPU."""
+    embeds = []
+    with evaluating(model):
+        for start in range(0, len(texts), batch_size):
+            tokens = processor(text=list(texts[start : start + batch_size]), return_tensors="pt").to(model.device)
+            output = model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+            embeds.append(output.pooler_output.double().cpu())
+    return torch.cat(embeds)
+
+
+def prompt_embeddings(model, processor, labels: Sequence[str], ensemble: str = "mean_embedding") -> Tensor:
+    """The two texts of each label in the shared space: (F, 2, D), [:, 0] positive and [:, 1] negative, unit length.
+
+    `ensemble="mean_embedding"` averages the embeddings of all prompts of a side, as CLIP does; `"first"` takes the
+    first prompt alone. Every text goes through the tower once.
+    """
+    if ensemble not in ("mean_embedding", "first"):
+        raise ValueError(f"`ensemble` must be 'mean_embedding' or 'first', but is {ensemble!r}.")
+    sides = [prompts(label) for label in labels for prompts in (positive_prompts, negative_prompts)]
+    if ensemble == "first":
+        sides = [prompts[:1] for prompts in sides]
+    embeds = embed_texts(model, processor, [text for prompts in sides for text in prompts])
+    means = torch.stack([part.mean(dim=0) for part in embeds.split([len(prompts) for prompts in sides])])
+    return nn.functional.normalize(means, dim=-1).unflatten(0, (len(labels), 2))
+
+
+def _margins(model, image_embeds: Tensor, prompts: Tensor) -> Tensor:
+    # softmax over a pair is the sigmoid of the difference; (n, D) @ (D, F) in float64
+    return model.similarity_scale().detach().double().cpu() * image_embeds @ (prompts[:, 0] - prompts[:, 1]).T
+
+
+def zero_shot_scores(
+    model,
+    processor,
+    images: Sequence | datasets.Dataset,
+    labels: Sequence[str],
+    batch_size: int = 64,
+    ensemble: str = "mean_embedding",
+    num_workers: int = 0,
+    progress: str = "",
+) -> np.ndarray:
+    """P(present) of each label in each image: (n, F) float64 in [0, 1].
+
+    `images` are rows of a manifest or a list of anything the processor reads. The pair (positive, negative) goes
+    through a softmax at the model's temperature. The model stays in the mode it was in.
+    """
+    prompts = prompt_embeddings(model, processor, labels, ensemble)
+    image_embeds = embed_images(model, processor, images, batch_size, num_workers, progress)
+    return _margins(model, image_embeds, prompts).sigmoid().numpy()
+
+
+def label_matrix(
+    rows: datasets.Dataset,
+    labels: Sequence[str],
+    unlisted_is_absent: bool | None = None,
+    fully_labelled: Sequence[str] = (),
+) -> tuple[np.ndarray, int]:
+    """Targets (n, F), 1 present, 0 absent, -100 unknown, and the number of rows where unlisted labels count as absent.
+
+    What a row lists holds; a present label makes broader ones present (covid-19 is a pneumonia). A label that a row
+    does not name is unknown, but absent in a row of a `fully_labelled` source if that source uses the label at all, and
+    in any row that has a label under `unlisted_is_absent`. Left out, the latter holds for rows of other sources that
+    list no absent label, as in sets that publish positive labels only.
+    """
+    column_of = {label: column for column, label in enumerate(labels)}
+    rows = rows.select_columns(["row_id", "source", "present", "absent", "uncertain"])
+    used = {source: set() for source in fully_labelled}
+    for row in rows:
+        if row["source"] in used:
+            used[row["source"]].update(row["present"])
+    targets = np.full((len(rows), len(labels)), UNKNOWN, dtype=np.int64)
+    num_by_rule = 0
+    for target, row in zip(targets, rows, strict=True):
+        contradiction = sorted(set(row["present"]) & set(row["absent"]))
+        if contradiction:
+            raise ValueError(f"Row {row['row_id']!r} lists {contradiction} as both present and absent. Correct it.")
+        by_rule = unlisted_is_absent
+        if by_rule is None:
+            by_rule = not row["absent"] and row["source"] not in used
+        if by_rule and (row["present"] or row["absent"] or row["uncertain"]):
+            target[:] = 0
+            num_by_rule += 1
+        statements = (
+            (0, used.get(row["source"], ())),
+            (1, with_broader_labels(row["present"])),
+            (UNKNOWN, row["uncertain"]),
+            (1, row["present"]),
+            (0, row["absent"]),
+        )  # from the weakest to the strongest
+        for value, named in statements:
+            for label in named:
+                if label in column_of:
+                    target[column_of[label]] = value
+    return targets, num_by_rule
+
+
+def _by_source(sources: Sequence[str], targets: np.ndarray, margins: np.ndarray, labels: Sequence[str]) -> dict:
+    """The AUROCs within each source: a model that only tells hospitals apart falls to 0.5 here."""
+    result = {}
+    for source in sorted(set(sources)):
+        rows = np.array([name == source for name in sources])
+        metrics = classification_metrics(targets[rows], margins[rows], labels, num_bootstrap=0)
+        result[source] = {key: metrics[key] for key in ("macro_auroc", "num_images", "num_skipped")}
+        result[source]["per_class"] = {
+            name: {key: values[key] for key in ("auroc", "num_positive", "num_negative")}
+            for name, values in metrics["per_class"].items()
+        }
+    return result
+
+
+def evaluate_zero_shot(
+    model,
+    processor,
+    rows: datasets.Dataset,
+    labels: Sequence[str] | None = None,
+    *,
+    unlisted_is_absent: bool | None = None,
+    fully_labelled: Sequence[str] = (),
+    ensemble: str = "mean_embedding",
+    batch_size: int = 64,
+    num_bootstrap: int = 1000,
+    seed: int = 0,
+    num_workers: int = 0,
+    progress: str = "",
+) -> tuple[dict, ZeroShotPredictions]:
+    """Zero-shot metrics of a manifest, `{"zero_shot": {...}}`, and the scores behind them.
+
+    `labels` defaults to every label that the rows name as present or absent; any known spelling is accepted. What a
+    label means that a row does not name is decided by `unlisted_is_absent` and `fully_labelled`, see [`label_matrix`].
+    Rows without an image, and rows without a label, are left out and counted. Intervals draw patients with replacement,
+    equal names in two sources being two patients. Where rows come from several sources the AUROCs within each source
+    are added under `by_source`, as a source can give a label away.
+    """
+    labelled = [bool(p or a or u) for p, a, u in zip(rows["present"], rows["absent"], rows["uncertain"], strict=True)]
+    pictured = [image is not None for image in rows.select_columns("image")["image"]]
+    kept = rows.select([i for i, both in enumerate(zip(labelled, pictured, strict=True)) if all(both)])
+    if len(kept) == 0:
+        raise ValueError(
+            f"None of {len(rows)} rows has both an image and a label ({sum(pictured)} have an image, {sum(labelled)} a "
+            "label), so there is nothing to evaluate. Check the split and the label columns of the manifest."
+        )
+    if labels is None:
+        labels = sorted({label for key in ("present", "absent") for row in kept[key] for label in row})
+    else:
+        labels = list(dict.fromkeys(canonical_label(label, where="labels") for label in labels))
+
+    targets, num_by_rule = label_matrix(kept, labels, unlisted_is_absent, fully_labelled)
+    prompts = prompt_embeddings(model, processor, labels, ensemble)
+    image_embeds = embed_images(model, processor, kept, batch_size, num_workers, progress)
+    margins = _margins(model, image_embeds, prompts).numpy()
+
+    sources = kept["source"]
+    patients = [f"{source}\0{name}" if name else "" for source, name in zip(sources, kept["patient_id"], strict=True)]
+    result = classification_metrics(targets, margins, labels, patients, num_bootstrap, seed)
+    result["num_without_label"] = len(rows) - sum(labelled)
+    result["num_without_image"] = len(rows) - sum(pictured)
+    result["num_patients"] = len(set(patients) - {""}) + patients.count("")
+    result["num_unlisted_is_absent"] = num_by_rule  # images in which a label that is not named counts as absent
+    result["fully_labelled"] = list(fully_labelled)
+    result["ensemble"] = ensemble
+    if len(set(sources)) > 1:
+        result["by_source"] = _by_source(sources, targets, margins, labels)
+    predictions = ZeroShotPredictions(list(kept["row_id"]), labels, targets, margins)
+    return {"zero_shot": result}, predictions

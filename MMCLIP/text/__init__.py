@@ -1,0 +1,1 @@
+"""Radiology language: vocabulary, entities, prompts and report clean-up."""

@@ -1,0 +1,63 @@
+"""Raw report text made ready: white space, marks of de-identification, sentence borders."""
+
+import re
+
+
+# What the public sets write in place of removed words: Open-i XXXX, MIMIC-CXR ___ and [** ... **].
+_REMOVED = re.compile(r"\[\*\*.*?\*\*\]|_{2,}|\bX{3,}\b", re.DOTALL)
+_ABBREVIATIONS = frozenset(
+    "dr mr mrs ms prof st vs cf fig figs no approx ca e.g i.e eg ie resp incl max min vol s.p a.m p.m al".split()
+)
+_SENTENCE_END = re.compile(r"[.!?]+(?=[\s\"')\]]|$)|\n\s*\n|;(?=\s)")
+
+
+def clean_report(text: str) -> str:
+    """Report text with the marks of de-identification taken out and every run of white space made one blank.
+
+    A blank line stays a sentence border: it becomes ". " where the text before it ends without punctuation.
+    Returns "" for a text that holds nothing else; whether that is an error is for the caller to say.
+    """
+    text = _REMOVED.sub(" ", text)
+    text = re.sub(r"(?<=[\w)])[ \t]*\r?\n\s*\r?\n\s*(?=\S)", ". ", text)
+    text = re.sub(r"\s+", " ", text).strip()
+    return re.sub(r" +([.,;:])", r"\1", text)
+
+
+def split_sentences(text: str) -> list[tuple[int, int]]:
+    """(start, end) of every sentence, blanks around it left out; the period belongs to its sentence.
+
+    A period ends no sentence inside a number ("2.5 cm"), after a known abbreviation ("Dr.", "e.g.", "vs."), after a
+    single letter ("E. coli") or when the next word begins in lower case and the period stands after an abbreviation
+    of at most two letters. A semicolon and a blank line end one.
+    """
+    sentences, start = [], 0
+    for match in _SENTENCE_END.finditer(text):
+        if match.group() == "." and _is_abbreviation(text, start, match):
+            continue
+        _append_stripped(sentences, text, start, match.end())
+        start = match.end()
+    _append_stripped(sentences, text, start, len(text))
+    return sentences
+
+
+def _is_abbreviation(text: str, start: int, period: re.Match) -> bool:
+    words = text[start : period.start()].split()
+    if not words:
+        return False
+    word = words[-1].strip("(\"'[").lower()
+    following = text[period.end() :].lstrip()[:1]
+    if len(words) == 1 and word.isdigit() and following:  # "1. No pneumothorax." numbers a list
+        return True
+    if word == "no":  # "no. 3", but not "Effusion? No. Heart normal."
+        return following.isdigit()
+    if word in _ABBREVIATIONS or (len(word) == 1 and word.isalpha()):
+        return bool(following)
+    return len(word) <= 2 and word.isalpha() and following.islower()
+
+
+def _append_stripped(sentences: list[tuple[int, int]], text: str, start: int, end: int) -> None:
+    piece = text[start:end]
+    stripped = piece.strip()
+    if stripped:
+        begin = start + len(piece) - len(piece.lstrip())
+        sentences.append((begin, begin + len(stripped)))

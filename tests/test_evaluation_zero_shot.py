@@ -1,0 +1,245 @@
+import io
+import math
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from MMCLIP.modeling_mmclip import MMCLIPModel
+from MMCLIP.processing_mmclip import MMCLIPImageProcessor, MMCLIPProcessor
+from PIL import Image
+from torch import nn
+from transformers import BatchFeature
+
+from MMCLIP.data.manifest import FEATURES
+from MMCLIP.evaluation.metrics import UNKNOWN
+from MMCLIP.evaluation.zero_shot import (
+    evaluate_zero_shot,
+    evaluating,
+    label_matrix,
+    prompt_embeddings,
+    zero_shot_scores,
+)
+from MMCLIP.text.prompts import negative_prompts, positive_prompts
+
+
+def gray_png(level: int, size: int = 8) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (size, size), level).save(file, format="PNG")
+    return file.getvalue()
+
+
+def make_rows(*rows: dict) -> datasets.Dataset:
+    """Manifest rows with what a test does not say left neutral."""
+    neutral = {"report": None, "present": [], "absent": [], "uncertain": [], "patient_id": "", "view": "", "masks": []}
+    neutral |= {"split": "test", "source": "a"}
+    images = [{"path": None, "bytes": gray_png(number)} for number in range(len(rows))]
+    filled = [neutral | {"row_id": str(number), "image": images[number]} | row for number, row in enumerate(rows)]
+    return datasets.Dataset.from_list(filled, FEATURES)
+
+
+class AngleProcessor:
+    """Texts become 1 (positive) or 0 (negative); an image becomes its grey level over 255."""
+
+    def image_processor(self, images, return_tensors):
+        levels = [np.asarray(Image.open(io.BytesIO(image["bytes"])), dtype=np.float32).mean() / 255 for image in images]
+        return {"pixel_values": torch.tensor(levels)[:, None, None, None]}
+
+    def __call__(self, text, return_tensors):
+        signs = [[0 if " no " in f" {entry.lower()}" or " not " in entry else 1] for entry in text]
+        return BatchFeature({"input_ids": torch.tensor(signs), "attention_mask": torch.ones(len(signs), 1)})
+
+
+class AngleModel(nn.Module):
+    """Positive texts lie at (1, 0), negative ones at (0, 1); an image of grey level g at (g, sqrt(1 - g²))."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, scale: float = 10.0):
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.frozen, self.dropout = nn.Dropout(), nn.Dropout()
+        self.num_texts = 0
+
+    def similarity_scale(self):
+        return self.logit_scale.exp()
+
+    def get_image_features(self, pixel_values):
+        assert not self.dropout.training and not torch.is_grad_enabled()
+        cosine = pixel_values.flatten(1)[:, 0]
+        return SimpleNamespace(pooler_output=torch.stack([cosine, (1 - cosine**2).sqrt()], dim=-1))
+
+    def get_text_features(self, input_ids, attention_mask):
+        self.num_texts += len(input_ids)
+        return SimpleNamespace(pooler_output=torch.stack([input_ids[:, 0], 1 - input_ids[:, 0]], dim=-1).float())
+
+
+@pytest.fixture(scope="module")
+def real():
+    """The real model and processor, tiny and untrained."""
+    processor = MMCLIPProcessor(MMCLIPImageProcessor(size=32))
+    processor.tokenizer.model_max_length = 64
+    torch.manual_seed(0)
+    return MMCLIPModel(tiny_config(vocab_size=len(processor.tokenizer))).eval(), processor
+
+
+def test_score_is_the_softmax_over_the_prompt_pair_at_the_models_temperature():
+    image = {"path": None, "bytes": gray_png(153)}  # 153 / 255 = 0.6, so the image lies at (0.6, 0.8)
+    scores = zero_shot_scores(AngleModel(scale=10), AngleProcessor(), [image], ["edema"])
+    assert scores.dtype == np.float64
+    assert scores[0, 0] == pytest.approx(math.exp(6) / (math.exp(6) + math.exp(8)), rel=1e-5)
+
+
+def test_images_that_all_round_to_one_are_still_ranked():
+    rows = make_rows(
+        {"image": {"path": None, "bytes": gray_png(254)}, "present": ["edema"]},
+        {"image": {"path": None, "bytes": gray_png(252)}, "absent": ["edema"]},
+    )
+    results, predictions = evaluate_zero_shot(AngleModel(scale=100), AngleProcessor(), rows, num_bootstrap=0)
+    assert predictions.scores[:, 0].tolist() == [1.0, 1.0]
+    assert results["zero_shot"]["per_class"]["edema"]["auroc"] == 1.0
+
+
+def test_prompt_embeddings_average_the_prompts_of_a_side_and_have_unit_length(real):
+    model, processor = real
+    embeds = prompt_embeddings(model, processor, ["edema", "mass"])
+    tokens = processor(text=negative_prompts("mass"))
+    with torch.no_grad():
+        mean = model.get_text_features(**tokens).pooler_output.double().mean(dim=0)
+    assert embeds.shape == (2, 2, 16)
+    torch.testing.assert_close(embeds[1, 1], mean / mean.norm(), atol=1e-6, rtol=0)
+
+
+def test_first_takes_the_first_prompt_of_each_side_alone(real):
+    model, processor = real
+    embeds = prompt_embeddings(model, processor, ["edema"], ensemble="first")
+    tokens = processor(text=[positive_prompts("edema")[0], negative_prompts("edema")[0]])
+    with torch.no_grad():
+        expected = model.get_text_features(**tokens).pooler_output.double()
+    torch.testing.assert_close(embeds[0], expected, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="'max'"):
+        prompt_embeddings(model, processor, ["edema"], ensemble="max")
+
+
+def test_each_prompt_is_embedded_once_however_many_images_there_are():
+    model = AngleModel()
+    zero_shot_scores(model, AngleProcessor(), [{"path": None, "bytes": gray_png(9)}] * 7, ["edema"], batch_size=2)
+    assert model.num_texts == len(positive_prompts("edema")) + len(negative_prompts("edema"))
+
+
+def test_scores_do_not_depend_on_batches_and_shuffle_with_the_images(real):
+    model, processor = real
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (32, 40), dtype=np.uint8) for _ in range(5)]
+    labels = ["edema", "no finding", "mass"]
+    scores = zero_shot_scores(model, processor, images, labels)
+    assert scores.shape == (5, 3) and len(np.unique(scores)) == 15
+    np.testing.assert_allclose(zero_shot_scores(model, processor, images, labels, batch_size=2), scores, atol=1e-6)
+    np.testing.assert_allclose(zero_shot_scores(model, processor, images[::-1], labels), scores[::-1], atol=1e-6)
+    with_workers = zero_shot_scores(model, processor, images, labels, num_workers=1)
+    np.testing.assert_allclose(with_workers, scores, atol=1e-6)
+
+
+def test_scores_are_the_ones_of_the_models_own_forward(real):
+    model, processor = real
+    image = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
+    texts = [positive_prompts("edema")[0], negative_prompts("edema")[0]]
+    with torch.no_grad():
+        logits = model(**processor(images=[image], text=texts)).logits_per_image
+    scores = zero_shot_scores(model, processor, [image], ["edema"], ensemble="first")
+    assert scores[0, 0] == pytest.approx(logits.softmax(dim=-1)[0, 0].item(), abs=1e-5)
+
+
+def test_every_module_keeps_its_mode_also_after_an_error():
+    model = AngleModel().train()
+    model.frozen.eval()
+    with pytest.raises(RuntimeError), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise RuntimeError
+    assert model.training and model.dropout.training and not model.frozen.training
+    zero_shot_scores(model, AngleProcessor(), [{"path": None, "bytes": gray_png(9)}], ["edema"])
+    assert model.training and model.dropout.training and not model.frozen.training
+
+
+def test_targets_are_what_a_row_lists_and_unknown_where_it_is_silent():
+    rows = make_rows({"present": ["edema"], "absent": ["mass"], "uncertain": ["nodule"]})
+    targets, num_by_rule = label_matrix(rows, ["edema", "mass", "nodule", "fracture"])
+    assert targets.tolist() == [[1, 0, UNKNOWN, UNKNOWN]] and num_by_rule == 0
+    targets, num_by_rule = label_matrix(rows, ["edema", "mass", "nodule", "fracture"], unlisted_is_absent=True)
+    assert targets.tolist() == [[1, 0, UNKNOWN, 0]] and num_by_rule == 1
+
+
+def test_unlisted_counts_as_absent_by_default_only_where_no_absent_label_is_listed():
+    rows = make_rows({"present": ["edema"]}, {"present": ["edema"], "absent": ["nodule"]}, {"report": "A report."})
+    targets, num_by_rule = label_matrix(rows, ["edema", "mass"])
+    assert targets.tolist() == [[1, 0], [1, UNKNOWN], [UNKNOWN, UNKNOWN]] and num_by_rule == 1
+    assert label_matrix(rows, ["edema", "mass"], unlisted_is_absent=False)[0].tolist()[0] == [1, UNKNOWN]
+
+
+def test_a_fully_labelled_source_makes_absent_only_what_it_uses():
+    rows = make_rows(
+        {"source": "nih", "present": ["no finding"]},
+        {"source": "nih", "present": ["mass"]},
+        {"source": "other", "present": ["covid-19"]},
+    )
+    targets, _ = label_matrix(rows, ["covid-19", "mass", "no finding"], fully_labelled=["nih"])
+    assert targets.tolist() == [[UNKNOWN, 0, 1], [UNKNOWN, 1, 0], [1, 0, 0]]
+
+
+def test_a_narrower_label_makes_the_broader_one_present_unless_the_row_denies_it():
+    rows = make_rows({"present": ["covid-19"]}, {"present": ["covid-19"], "absent": ["pneumonia"]})
+    assert label_matrix(rows, ["pneumonia"])[0].tolist() == [[1], [0]]
+
+
+def test_a_label_both_present_and_absent_is_an_error_that_names_the_row():
+    with pytest.raises(ValueError, match="'film7'.*edema"):
+        label_matrix(make_rows({"row_id": "film7", "present": ["edema"], "absent": ["edema"]}), ["edema"])
+
+
+def test_rows_without_image_or_label_are_left_out_and_counted():
+    rows = make_rows(
+        {"present": ["edema"], "patient_id": "1"},
+        {"absent": ["edema"], "patient_id": "1"},
+        {"report": "Heart size is normal."},
+        {"report": "Edema.", "present": ["edema"], "image": None},
+    )
+    results, predictions = evaluate_zero_shot(AngleModel(), AngleProcessor(), rows, num_bootstrap=0)
+    zero_shot = results["zero_shot"]
+    assert (zero_shot["num_images"], zero_shot["num_without_label"], zero_shot["num_without_image"]) == (2, 1, 1)
+    assert zero_shot["num_patients"] == 1
+    assert predictions.row_ids == ["0", "1"] and predictions.labels == ["edema"]
+    assert zero_shot["macro_auroc"] == 0.0  # the absent image is the brighter one
+
+
+def test_sources_are_also_scored_apart_and_their_patients_kept_apart():
+    rows = make_rows(
+        {"source": "a", "present": ["edema"], "patient_id": "1", "image": {"path": None, "bytes": gray_png(200)}},
+        {"source": "a", "present": ["mass"], "patient_id": "2", "image": {"path": None, "bytes": gray_png(210)}},
+        {"source": "b", "present": ["mass"], "patient_id": "1", "image": {"path": None, "bytes": gray_png(10)}},
+    )
+    zero_shot = evaluate_zero_shot(AngleModel(), AngleProcessor(), rows, ["Edema"], num_bootstrap=0)[0]["zero_shot"]
+    assert zero_shot["per_class"]["edema"]["auroc"] == 0.5
+    assert zero_shot["by_source"]["a"]["per_class"]["edema"]["auroc"] == 0.0
+    assert zero_shot["by_source"]["b"]["macro_auroc"] is None and zero_shot["by_source"]["b"]["num_skipped"] == 1
+    assert zero_shot["num_patients"] == 3
+
+
+def test_labels_may_be_spelt_as_the_data_sets_spell_them():
+    rows = make_rows({"present": ["pleural effusion"]}, {"present": ["mass"]})
+    labels = evaluate_zero_shot(AngleModel(), AngleProcessor(), rows, ["Effusion"], num_bootstrap=0)[1].labels
+    assert labels == ["pleural effusion"]
+    with pytest.raises(ValueError, match="unknown label 'Efusion'"):
+        evaluate_zero_shot(AngleModel(), AngleProcessor(), rows, ["Efusion"])
+
+
+def test_nothing_to_evaluate_is_an_error_with_counts():
+    with pytest.raises(ValueError, match="None of 1 rows .*1 have an image, 0 a label"):
+        evaluate_zero_shot(AngleModel(), AngleProcessor(), make_rows({"report": "A report."}))
+
+
+def test_an_unreadable_image_is_an_error_that_names_the_row(real):
+    rows = make_rows({"row_id": "film7", "present": ["edema"], "image": {"path": None, "bytes": b"no picture"}})
+    with pytest.raises(ValueError, match="Row 'film7'"):
+        evaluate_zero_shot(*real, rows)

@@ -67,9 +67,9 @@ class MMCLIPConfig(PretrainedConfig):
     mim_attended_share (`float`, *optional*, defaults to 0.9):
         Share of the hidden patches that comes from the more attended half of the image; the rest comes from the other
         half. 0.5 ignores the attention.
-    contrastive_weight, mim_weight, mlm_weight, prompt_weight (`float`, *optional*, defaults to 1.0):
-        Factors of the image-text contrastive, AttMIM, EntMLM and disease-kind prompt losses in the total. At 0 the
-        branch is neither built nor run.
+    contrastive_weight, mim_weight, mlm_weight, prompt_weight, local_weight (`float`, *optional*, defaults to 1.0):
+        Factors of the image-text contrastive, AttMIM, EntMLM and disease-kind prompt losses in the total; the last is
+        the prompt loss of single patches. At 0 the branch is neither built nor run.
     initializer_range (`float`, *optional*, defaults to 0.02):
         Standard deviation of new weights.
     """
@@ -95,6 +95,7 @@ class MMCLIPConfig(PretrainedConfig):
     mim_weight: float | int = 1.0
     mlm_weight: float | int = 1.0
     prompt_weight: float | int = 1.0
+    local_weight: float | int = 1.0
     initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):

@@ -309,7 +309,7 @@ class MMCLIPImageProcessor(PilBackend):
         height, width = original_size
         box = (0.0, 0.0, float(grid.shape[1]), float(grid.shape[0]))
         if self.do_resize and self.do_pad:
-            target = (self.size.height, self.size.width)
+            target = (self.size["height"], self.size["width"])  # a dict when a user has set it
             top, left, new_height, new_width = _fitted_box((height, width), target)
             rows, columns = grid.shape[0] / target[0], grid.shape[1] / target[1]  # grid cells per pixel of `size`
             box = (left * columns, top * rows, (left + new_width) * columns, (top + new_height) * rows)

@@ -1,7 +1,7 @@
 """Pretrain MMCLIP: accelerate launch examples/run_pretrain.py examples/configs/phantom_tiny.yaml [--key value ...]
 
-OUTPUT_DIR gets `checkpoint/` (model, processor and code, ready for `AutoModel`), `run_config.json` (every argument as it
-was resolved), `train_results.json`, `trainer_state.json` (the log) and the Trainer's own checkpoints.
+OUTPUT_DIR gets `checkpoint/` (model, processor and code, ready for `AutoModel`), `run_config.json` (every argument as
+it was resolved), `train_results.json`, `trainer_state.json` (the log) and the Trainer's own checkpoints.
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ logger = logging.getLogger("run_pretrain")
 def main():
     model_arguments, data_arguments, training_arguments = parse_run_config()
     is_main = training_arguments.process_index == 0
-    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    level = logging.INFO if is_main else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     transformers.set_seed(training_arguments.seed)
 
     # cheap checks first: a wrong tokenizer or a missing image must not wait for the phantoms to be drawn

@@ -2,15 +2,18 @@
 
     python -m MMCLIP.data.phantom --num 24 --size 256 --output sheet.png
 
-A phantom is drawn in millimetres of a patient who faces the viewer: x grows to the image's right, which is the patient's
-left, y grows downwards. What weakens the beam is added up over the film, and a film curve turns the sum into grey. Edges
-are smoothed over one pixel, so the same patient can be drawn at any size. Findings are drawn from what they do to the
-film (fluid takes the place of air, a pneumothorax takes vessels away), and nothing else depends on them.
+A phantom is drawn in millimetres of a patient who faces the viewer: x grows to the image's right, which is the
+patient's left, y grows downwards. What weakens the beam is added up over the film, and a film curve turns the sum into
+grey. Edges are smoothed over one pixel, so the same patient can be drawn at any size. Findings are drawn from what they
+do to the film (fluid takes the place of air, a pneumothorax takes vessels away). Anatomy, lesions and exposure have a
+random stream each, so that nothing but the finding tells of the finding.
 """
 
 import argparse
+import functools
 import hashlib
 import io
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +21,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from .manifest import FEATURES
@@ -77,8 +80,9 @@ class Finding:
 class Phantom:
     """A radiograph `image` ((S, S) uint8) with all that is known of it.
 
-    `masks` maps (finding, side) to (S, S) bool, True where the finding changes the film; `present` and `absent` together
-    are FINDINGS; `report` names every present finding and some absent ones.
+    `masks` maps (finding, side) to (S, S) bool, True where the finding changes the film (cardiomegaly: the heart,
+    emphysema: the lungs); `present` and `absent` together are FINDINGS; `report` names every present finding and some
+    absent ones.
     """
 
     image: np.ndarray
@@ -161,7 +165,8 @@ def _fill_in_one(item: Finding, others: dict[str, Finding], rng: np.random.Gener
         crowded = []  # what leaves no room on its side
         if pneumothorax and (lung_lesion or (item.name == "pleural effusion" and pneumothorax.severity == "large")):
             crowded.append(pneumothorax)
-        if effusion and lung_lesion and effusion.severity in ("large", "moderate" if item.name == "atelectasis" else ""):
+        hiding = ("moderate", "large") if item.name == "atelectasis" else ("large",)
+        if effusion and lung_lesion and effusion.severity in hiding:
             crowded.append(effusion)
         if mass and item.name in ("nodule", "consolidation"):
             crowded.append(mass)
@@ -191,7 +196,7 @@ _TABLE_X = _TABLE - _FIELD / 2
 
 def _edge(depth: np.ndarray, blur: float) -> np.ndarray:
     """0 outside, 1 inside, a ramp of `blur` mm around the border; `depth` is the distance inwards in mm."""
-    return np.clip(depth * (1.0 / blur) + 0.5, 0.0, 1.0)
+    return np.minimum(np.maximum(depth * (1.0 / blur) + 0.5, 0.0), 1.0)
 
 
 def _curve(ys: Sequence[float], xs: Sequence[float], smooth: float = 12.0) -> np.ndarray:
@@ -208,7 +213,7 @@ class _Film:
         self.size = size
         self.pixel = _FIELD / size  # mm
         self.zoom = rng.uniform(0.96, 1.05)
-        self.angle = np.deg2rad(np.clip(rng.normal(0, 1.5), -4, 4))
+        self.angle = float(np.deg2rad(np.clip(rng.normal(0, 1.5), -4, 4)))
         self.shift = rng.uniform(-7, 7, size=2)
         ticks = ((np.arange(size, dtype=np.float32) + 0.5) * self.pixel - _FIELD / 2) / self.zoom
         cos, sin = np.float32(np.cos(self.angle)), np.float32(np.sin(self.angle))
@@ -216,7 +221,7 @@ class _Film:
         self.x = cos * tx + sin * ty  # (S, S) mm from the midline
         self.y = cos * ty - sin * tx + np.float32(_FIELD / 2)  # (S, S) mm from the top
         self.row, self.column = self.index(self.x, self.y)
-        self.scale = max(1, min(4, round(512 / size)))  # lines are drawn this much finer, then averaged
+        self.scale = max(1, min(4, round(400 / size)))  # lines are drawn this much finer, then averaged
 
     @staticmethod
     def index(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -227,9 +232,8 @@ class _Film:
 
     def to_pixels(self, points: np.ndarray) -> np.ndarray:
         """Patient points (..., 2) in mm to positions on the fine canvas."""
-        x, y = points[..., 0], points[..., 1] - _FIELD / 2
         cos, sin = np.cos(self.angle), np.sin(self.angle)
-        placed = np.stack((cos * x - sin * y, sin * x + cos * y), axis=-1) + self.shift
+        placed = (points - (0, _FIELD / 2)) @ np.array([[cos, sin], [-sin, cos]]) + self.shift
         return (placed * self.zoom + _FIELD / 2) * (self.scale / self.pixel)
 
     def draw(self, lines: Sequence[tuple[np.ndarray, float, float]]) -> np.ndarray:
@@ -237,15 +241,19 @@ class _Film:
         canvas = Image.new("L", (self.size * self.scale,) * 2)
         draw = ImageDraw.Draw(canvas)
         per_mm = self.scale / self.pixel * self.zoom
+        placed = self.to_pixels(np.concatenate([points for points, _, _ in lines])).ravel().tolist()
+        start = 0
         for points, width, strength in lines:
+            stop = start + 2 * len(points)
             pixels = width * per_mm
             strength *= min(1.0, pixels)  # thinner than a fine pixel: paler instead
             draw.line(
-                self.to_pixels(points).ravel().tolist(),
-                fill=round(255 * strength),
-                width=max(1, round(pixels)),
-                joint="curve" if pixels > 3 else None,
+                placed[start:stop],
+                fill=int(255 * strength),
+                width=max(1, int(pixels + 0.5)),
+                joint="curve" if pixels > 4 else None,
             )
+            start = stop
         if self.scale > 1:
             canvas = canvas.reduce(self.scale)
         return np.asarray(canvas, dtype=np.float32) * np.float32(1 / 255)
@@ -262,11 +270,21 @@ class _Film:
 
 
 class _Chest:
-    """One patient on one film. The constructor chooses the anatomy; methods put findings in; `expose` gives the image."""
+    """One patient on one film: the constructor chooses the anatomy, methods put findings in, `expose` takes the image.
 
-    def __init__(self, size: int, findings: Sequence[Finding], rng: np.random.Generator, noise: np.random.Generator):
-        self.rng, self.noise = rng, noise
-        self.film = _Film(size, rng)
+    `anatomy`, `lesions` and `exposure` are the streams that shape, findings and film are drawn from.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        findings: Sequence[Finding],
+        anatomy: np.random.Generator,
+        lesions: np.random.Generator,
+        exposure: np.random.Generator,
+    ):
+        self.rng, self.lesions, self.exposure = anatomy, lesions, exposure
+        self.film = _Film(size, anatomy)
         self.pixel = self.film.pixel
         self.findings = {item.name: item for item in findings}
         self.masks: dict[tuple[str, str], np.ndarray] = {}
@@ -279,40 +297,39 @@ class _Chest:
         rng, found = self.rng, self.findings
         uniform = rng.uniform
         self.half_width = uniform(116, 136)  # of the inner thorax at its widest
-        self.wall = np.clip(rng.gamma(3.0, 7.0), 8, 42)  # mm of soft tissue over the ribs
+        self.wall = float(np.clip(rng.gamma(3.0, 7.0), 8, 42))  # mm of soft tissue over the ribs
         self.apex = uniform(36, 50)
         inspiration = uniform(184, 216)  # apex to right dome
         left_lower = uniform(3, 13)
         self.recess = uniform(26, 38)  # dome to costophrenic angle
-        self.turn = np.clip(rng.normal(0, 4), -9, 9)  # rotated patient: the mediastinum leaves the midline
+        self.turn = float(np.clip(rng.normal(0, 4), -9, 9))  # rotated patient: the mediastinum leaves the midline
         ratio = uniform(0.40, 0.475)
         self.heart_tilt = uniform(0.64, 0.71)  # share of the heart's width left of the midline
         domes = {"right": 0.0, "left": left_lower}
+        unwell = self.lesions.uniform
         if "emphysema" in found:
             grade = _GRADES.index(found["emphysema"].severity)
-            inspiration = uniform(218, 226) + 7 * grade
-            self.recess = uniform(12, 15) - 2 * grade
-            ratio = uniform(0.35, 0.41)
+            inspiration = unwell(218, 226) + 7 * grade
+            self.recess = unwell(12, 15) - 2 * grade
+            ratio = unwell(0.35, 0.41)
             self.half_width = min(self.half_width + 4 + 2 * grade, 142)
         if "cardiomegaly" in found:
             low = (0.54, 0.59, 0.65)[_GRADES.index(found["cardiomegaly"].severity)]
-            ratio = uniform(low, low + 0.05)
+            ratio = unwell(low, low + 0.05)
         if "atelectasis" in found and found["atelectasis"].severity != "mild":
-            lift = uniform(10, 16) if found["atelectasis"].severity == "moderate" else uniform(18, 28)
+            lift = unwell(10, 16) if found["atelectasis"].severity == "moderate" else unwell(18, 28)
             for side in self.sides("atelectasis"):
                 domes[side] -= lift
             if found["atelectasis"].severity == "severe" and found["atelectasis"].side != "bilateral":
                 self.turn += 9 if found["atelectasis"].side == "left" else -9
         if "pneumothorax" in found and found["pneumothorax"].severity == "large":
-            self.turn += uniform(6, 16) * (-1 if found["pneumothorax"].side == "left" else 1)
+            self.turn += unwell(6, 16) * (-1 if found["pneumothorax"].side == "left" else 1)
         if "pleural effusion" in found and found["pleural effusion"].severity == "large":
             self.turn += {"left": -7, "right": 7, "bilateral": 0}[found["pleural effusion"].side]
         self.ratio = ratio
         self.dome = {side: self.apex + inspiration + extra for side, extra in domes.items()}
         self.base = self.apex + inspiration + self.recess  # y of the deepest angle, for scale
-        self.hilum = {"right": np.array([-36.0, self.level(0.44)]), "left": np.array([37.0, self.level(0.41)])}
-        for point in self.hilum.values():
-            point[0] += self.turn
+        self.hilum = {"right": (self.turn - 36, self.level(0.44)), "left": (self.turn + 37, self.level(0.41))}
 
     def level(self, fraction: float) -> float:
         """y at this fraction of the way from the apex to the right dome."""
@@ -327,13 +344,13 @@ class _Chest:
         blur = max(1.3, pixel)
         fall = np.clip((_TABLE - self.apex) / (0.80 * (self.base - self.apex)), 0, 1)
         top = 0.36 * self.half_width
-        self.outer = (top + (self.half_width - top) * np.sqrt(1 - (1 - fall) ** 2) ** 0.92).astype(np.float32)
+        self.outer = (top + (self.half_width - top) * np.sqrt(1 - (1 - fall) ** 2) ** 1.08).astype(np.float32)
         self.outer[_TABLE < self.apex] = -20
         self.outer = ndimage.uniform_filter1d(self.outer, 9)
         slope = np.gradient(self.outer, _STEP)
         self.lean = (1 / np.sqrt(1 + np.minimum(slope, 6) ** 2)).astype(np.float32)  # horizontal to true distance
         # inner border of the air, behind the mediastinum
-        rise = np.clip((_TABLE - self.apex) / 34, 0, 1)
+        rise = np.clip((_TABLE - self.apex) / 46, 0, 1)
         self.inner = (top - (top - 9) * np.sqrt(1 - (1 - rise) ** 2)).astype(np.float32)
         self.diaphragm = self._diaphragm_table()
         self.right = film.x < 0
@@ -374,7 +391,8 @@ class _Chest:
         self.left_border = _curve(
             [0, level(0.1), level(0.20), level(0.25), level(0.30), level(0.345), level(0.40), level(0.46),
              level(0.56), level(0.70), level(0.83), level(0.93), level(1.02), bottom + 10],
-            [19, 20, 24, knob, knob, 26, 32, 36, 0.55 * left + 12, 0.86 * left, 1.02 * left, left, 0.88 * left, 0.4 * left],
+            [19, 20, 24, knob, knob, 26, 32, 36, 0.55 * left + 12, 0.86 * left, 1.02 * left, left, 0.88 * left,
+             0.4 * left],
             smooth=9,
         )  # fmt: skip
         self.right_border = _curve(
@@ -383,9 +401,7 @@ class _Chest:
             smooth=10,
         )
         self.heart_left, self.heart_right = self.left_border + self.turn, self.right_border - self.turn
-        depth = np.minimum(
-            self.heart_left[film.row] - film.x, self.heart_right[film.row] + film.x
-        )
+        depth = np.minimum(self.heart_left[film.row] - film.x, self.heart_right[film.row] + film.x)
         self.heart_depth = depth
         self.heart = _edge(depth, blur * 1.6)
 
@@ -420,13 +436,13 @@ class _Chest:
 
     def _add_emphysema(self, finding: Finding) -> None:
         grade = _GRADES.index(finding.severity)
-        patch = np.clip(0.5 + 0.35 * self.film.cloud(self.rng, 60, 2), 0, 1)
+        patch = np.clip(0.5 + 0.35 * self.film.cloud(self.lesions, 60, 2), 0, 1)
         self.air = self.air * (1.10 + 0.06 * grade + 0.10 * patch)
         self.vessel_gain = self.vessel_gain * (1 - (0.25 + 0.15 * grade) * (0.5 + patch))
         self.mark("emphysema", "bilateral", self.field, 0.5)
         for _ in range((0, 1, 3)[grade]):  # bullae: thin-walled air in the upper zones
-            side = _choose(self.rng, ("left", "right"))
-            radius = self.rng.uniform(13, 24)
+            side = _choose(self.lesions, ("left", "right"))
+            radius = self.lesions.uniform(13, 24)
             x, y = self.place(side, radius, 0.05, 0.35)
             inside = radius - np.hypot(self.film.x - x, self.film.y - y)
             disc = _edge(inside, 2) * self.lung
@@ -435,7 +451,7 @@ class _Chest:
             self.extra += 0.06 * np.exp(-((inside / max(1.0, 0.5 * self.pixel)) ** 2)) * self.lung
 
     def _add_edema(self, finding: Finding) -> None:
-        rng, film = self.rng, self.film
+        rng, film = self.lesions, self.film
         grade = _GRADES.index(finding.severity)
         cloud = film.cloud(rng, 26)
         amount = np.zeros_like(self.air)
@@ -475,7 +491,7 @@ class _Chest:
         return part * self.side_map(side)
 
     def _add_consolidation(self, finding: Finding) -> None:
-        rng, film = self.rng, self.film
+        rng, film = self.lesions, self.film
         grade = _GRADES.index(finding.severity)
         for side in self.sides("consolidation"):
             low, high = {"upper": (0.14, 0.42), "middle": (0.56, 0.78), "lower": (0.70, 0.92)}[finding.zone]
@@ -492,11 +508,11 @@ class _Chest:
                 length = np.linspace(0, 1, 6)[:, None] * (np.hypot(x - hx, y - hy) + 0.7 * radius)
                 bend = heading + turn * np.linspace(0.3, 1.3, 6)
                 bronchi.append((np.array([hx, hy]) + length * np.stack((np.cos(bend), np.sin(bend)), 1), 2.4, 1.0))
-            amount = amount * (1 - 0.55 * film.draw(bronchi))
+            amount = amount * (1 - 0.42 * film.draw(bronchi))
             self.opacify("consolidation", finding.side, np.clip(amount, 0, 0.95), 0.25)
 
     def _add_atelectasis(self, finding: Finding) -> None:
-        rng, film = self.rng, self.film
+        rng, film = self.lesions, self.film
         grade = _GRADES.index(finding.severity)
         for side in self.sides("atelectasis"):
             sign = 1 if side == "left" else -1
@@ -506,8 +522,9 @@ class _Chest:
                 x = sign * rng.uniform(0.42, 0.70) * self.half_width
                 y = self.dome[side] - rng.uniform(10, 44)
                 angle = rng.uniform(-0.30, 0.30)
-                along = (film.x - x) * np.cos(angle) + (film.y - y) * np.sin(angle)
-                across = (film.y - y) * np.cos(angle) - (film.x - x) * np.sin(angle)
+                cos, sin = math.cos(angle), math.sin(angle)
+                along = (film.x - x) * cos + (film.y - y) * sin
+                across = (film.y - y) * cos - (film.x - x) * sin
                 across = across + along**2 * rng.uniform(-0.002, 0.002)
                 band = np.exp(-((across / width) ** 2)) * _edge(length / 2 - np.abs(along), 10) * inside
                 self.opacify("atelectasis", finding.side, 0.72 * band, 0.25)
@@ -523,10 +540,11 @@ class _Chest:
         sign = 1 if side == "left" else -1
         border = self.heart_left if side == "left" else self.heart_right
         best, best_room = (sign * 0.6 * self.half_width, self.level(0.3)), -np.inf
-        for y, share in zip(self.level(1) * 0 + self.rng.uniform(low, high, 8), self.rng.random(8), strict=True):
-            y = self.level(y)
+        for y, share in zip(self.lesions.uniform(low, high, 8), self.lesions.random(8).tolist(), strict=True):
+            y = float(self.level(y))
             at = int((y + _MARGIN) / _STEP)
-            inner, outer = max(border[at], self.inner[at]) + radius + 3, self.outer[at] - radius - 5
+            inner = float(max(border[at], self.inner[at])) + radius + 3
+            outer = float(self.outer[at]) - radius - 5
             room = outer - inner
             if room > best_room:
                 best, best_room = (sign * (inner + share * max(room, 0)), y), room
@@ -537,7 +555,7 @@ class _Chest:
     _ZONES = {"upper": (0.16, 0.38), "middle": (0.42, 0.62), "lower": (0.66, 0.84)}
 
     def _add_nodule(self, finding: Finding) -> None:
-        rng, film = self.rng, self.film
+        rng, film = self.lesions, self.film
         count = int(rng.integers(1, 3))
         for side in self.sides("nodule"):
             for _ in range(count):
@@ -546,15 +564,15 @@ class _Chest:
                 radius = np.hypot(film.x - x, film.y - y)
                 ball = _edge(diameter / 2 - radius, max(1.5, self.pixel))
                 dense = ball * np.sqrt(np.clip(1.15 - (radius / (0.5 * diameter)) ** 2, 0.15, 1))
-                self.opacify("nodule", finding.side, 0.85 * dense, 0.3)
+                self.opacify("nodule", finding.side, 0.72 * dense, 0.25)
 
     def _add_mass(self, finding: Finding) -> None:
-        rng, film = self.rng, self.film
+        rng, film = self.lesions, self.film
         low = (30, 39, 49)[_SIZES.index(finding.severity)]
         diameter = rng.uniform(low, low + 10)
         x, y = self.place(finding.side, diameter / 2, *self._ZONES[finding.zone])
         angle = np.arctan2(film.y - y, film.x - x)
-        phase, wave = rng.uniform(0, 2 * np.pi, 3), np.zeros_like(angle)
+        phase, wave = rng.uniform(0, 2 * np.pi, 3).tolist(), np.zeros_like(angle)
         for lobes, p in zip((2, 3, 5), phase, strict=True):
             wave += (0.10, 0.06, 0.04)[(2, 3, 5).index(lobes)] * np.cos(lobes * angle + p)
         spicule = 0.05 * np.abs(np.sin(9 * angle + phase[0])) if rng.random() < 0.5 else 0.0
@@ -564,7 +582,7 @@ class _Chest:
         self.opacify("mass", finding.side, 0.93 * ball, 0.3)
 
     def _add_pneumothorax(self, finding: Finding) -> None:
-        rng, film = self.rng, self.film
+        rng, film = self.lesions, self.film
         side = finding.side
         hx, hy = self.hilum[side]
         size = _SIZES.index(finding.severity)
@@ -573,12 +591,17 @@ class _Chest:
         anchor = (hx, (self.dome[side], self.level(0.85), hy + 12)[size])
         x, y = anchor[0] + (film.x - anchor[0]) / keep, anchor[1] + (film.y - anchor[1]) / keep
         row, column = film.index(x, y)
-        depth = np.minimum((self.outer[row] - np.abs(x)) * self.lean[row], self.diaphragm[column] - y) * keep
+        lateral, below = (self.outer[row] - np.abs(x)) * self.lean[row], self.diaphragm[column] - y
+        depth = (lateral + below - np.sqrt(lateral**2 + below**2 + (0, 160, 900)[size])) * keep  # rounds the corner
         collapsed = _edge(depth, max(1.3, self.pixel))
         cavity = self.lung * self.side_map(side) * (1 - self.heart)
         free = cavity * (1 - collapsed)
         self.vessel_gain = self.vessel_gain * (1 - free)
         self.opacity = self.opacity * (1 - free)
+        self.extra *= 1 - free
+        for mask in self.masks.values():  # what the lung has goes with the lung
+            if np.any(mask & (free < 0.5)):
+                mask &= free < 0.5
         self.air = self.air * (1 + 0.16 * free)
         density = (0.04, 0.14, 0.38)[size]
         self.opacity = 1 - (1 - self.opacity) * (1 - density * cavity * collapsed)
@@ -587,7 +610,7 @@ class _Chest:
         self.mark("pneumothorax", side, np.maximum(free, line), 0.4)
 
     def _add_pleural_effusion(self, finding: Finding) -> None:
-        film, rng = self.film, self.rng
+        film, rng = self.film, self.lesions
         size = _SIZES.index(finding.severity)
         pneumothorax = self.findings.get("pneumothorax")
         for side in self.sides("pleural effusion"):
@@ -606,7 +629,7 @@ class _Chest:
             self.opacify("pleural effusion", finding.side, 0.95 * fluid, 0.35)
 
     def _add_pleural_thickening(self, finding: Finding) -> None:
-        film, rng = self.film, self.rng
+        film, rng = self.film, self.lesions
         grade = _GRADES.index(finding.severity)
         wave = film.cloud(rng, 30, 2)
         for side in self.sides("pleural thickening"):
@@ -622,7 +645,7 @@ class _Chest:
             self.opacify("pleural thickening", finding.side, 0.8 * band, 0.3)
 
     def _add_hiatal_hernia(self, finding: Finding) -> None:
-        film, rng = self.film, self.rng
+        film, rng = self.film, self.lesions
         diameter = (36, 50, 66)[_SIZES.index(finding.severity)] * rng.uniform(0.93, 1.08)
         x = self.turn + rng.uniform(2, 16)
         y = self.dome["left"] - 0.36 * diameter + rng.uniform(-4, 4)
@@ -634,7 +657,7 @@ class _Chest:
         self.mark("hiatal hernia", "", disc, 0.5)
 
     def _add_support_device(self, finding: Finding) -> None:
-        film, rng = self.film, self.rng
+        film, rng = self.film, self.lesions
         sign = 1 if finding.side == "left" else -1
         lines: list[tuple[np.ndarray, float, float]] = []
         turn, level = self.turn, self.level
@@ -644,13 +667,15 @@ class _Chest:
             block = np.minimum(22 - np.abs(film.x - cx), 19 - np.abs(film.y - cy))
             round_off = 25 - np.hypot(film.x - cx, film.y - cy)
             block = _edge(np.minimum(block, round_off), max(1.3, self.pixel))
-            vein = [(cx - sign * 14, cy - 16), (sign * 52, level(0.10)), (sign * 22, level(0.14)), (-16 + turn, level(0.30))]
+            vein = [(cx - sign * 14, cy - 16), (sign * 52, level(0.10)), (sign * 22, level(0.14))]
+            vein.append((-16 + turn, level(0.30)))
             heart_left = float(np.interp(level(0.93), _TABLE, self.left_border))
             tips = [(0.72 * heart_left + turn, level(0.97)), (-30 + turn, level(0.66))]
             lower = [(-20 + turn, level(0.55)), (-18 + turn, level(0.80)), (10 + turn, level(0.93)), tips[0]]
             lines.append((_spline([*vein, *lower]), 1.7, 1.0))
             if rng.random() < 0.7:
-                lines.append((_spline([*vein, (-22 + turn, level(0.52)), (-16 + turn, level(0.70)), tips[1]]), 1.7, 1.0))
+                upper = [(-22 + turn, level(0.52)), (-16 + turn, level(0.70)), tips[1]]
+                lines.append((_spline([*vein, *upper]), 1.7, 1.0))
             lines.append((np.array([tips[0], (tips[0][0] + 7, tips[0][1] + 1)]), 3.0, 1.0))
         elif finding.zone == "endotracheal tube":
             tip = level(0.29) - rng.uniform(12, 34)
@@ -662,7 +687,8 @@ class _Chest:
             if rng.random() < 0.5:  # jugular
                 start = [(sign * 36, -6), (sign * 30, 26), (sign * 22, level(0.10))]
             else:
-                start = [(sign * 128, level(0.20)), (sign * 92, level(0.10)), (sign * 50, level(0.07)), (sign * 22, level(0.13))]
+                start = [(sign * 128, level(0.20)), (sign * 92, level(0.10)), (sign * 50, level(0.07))]
+                start.append((sign * 22, level(0.13)))
             if finding.side == "left":
                 start.append((2 + turn, level(0.24)))
             lines.append((_spline([*start, (-17 + turn, level(0.32)), end]), 2.2, 0.9))
@@ -680,8 +706,8 @@ class _Chest:
             lines.append((_spline(path), 2.4, 0.85))
         else:  # chest tube
             edge = float(np.interp(level(0.70), _TABLE, self.outer))
-            path = [(sign * (edge + 40), level(0.86)), (sign * (edge - 2), level(0.72)), (sign * 0.8 * edge, level(0.45))]
-            path += [(sign * 0.50 * self.half_width, level(0.14))]
+            path = [(sign * (edge + 40), level(0.86)), (sign * (edge - 2), level(0.72))]
+            path += [(sign * 0.8 * edge, level(0.45)), (sign * 0.50 * self.half_width, level(0.14))]
             tube = _spline(path)
             lines.append((tube + [2.4, 0], 1.6, 0.9))
             lines.append((tube - [2.4, 0], 1.6, 0.9))
@@ -700,7 +726,7 @@ class _Chest:
         count, steps = 13, 9
         for side, sign in (("right", -1), ("left", 1)):
             heading = np.linspace(-1.35, 1.40, count) + rng.uniform(-0.12, 0.12, count)  # 0 = lateral, + = down
-            bend = np.cumsum(rng.normal(0, 0.10, (count, steps)), axis=1) + heading[:, None]
+            bend = np.cumsum(rng.normal(0, 0.15, (count, steps)), axis=1) + heading[:, None]
             stride = rng.uniform(8, 12.5, (count, 1))
             trunk = np.stack((sign * np.cos(bend), np.sin(bend)), -1) * stride[..., None]
             trunk = np.cumsum(trunk, axis=1) + self.hilum[side] + rng.normal(0, 4, (count, 1, 2))
@@ -737,13 +763,14 @@ class _Chest:
             at = (film.y - curve - start + 4 * pitch) * per_row
             return lookup[np.clip(at, 0, len(lookup) - 1).astype(np.int32)]
 
-        inside = _edge(1.03 - across, 0.03)
-        back = 20 * across**1.4 + 30 * across**7 - 9 * np.sin(np.pi * np.minimum(across, 1))
+        inside = _edge(1.01 - across, 0.03)
+        square, short = across * across, np.minimum(across, 1)
+        back = 20 * across * np.sqrt(across) + 30 * square * square * square * across - 36 * short * (1 - short)
         posterior = band(back, self.apex) * _edge(across - 0.12, 0.1) * inside
-        front = 50 + 52 * np.clip(1 - across, 0, 1) ** 0.85
+        front = 50 + 60 * (1 - short) - 10 * (1 - short) * (1 - short)
         anterior = band(front, self.apex) * np.clip((across - 0.42) * 4, 0, 1) * inside
         below = np.clip(1 + self.depth_below * (1 / 60), 0, 1)  # lost in the abdomen
-        upper = _edge(film.y - self.apex + 6, 8)
+        upper = _edge(film.y - self.apex - 5, 8)
         return (posterior + 0.5 * anterior * _edge(film.y - self.level(0.16), 20)) * below * upper
 
     def _bones(self) -> np.ndarray:
@@ -752,7 +779,7 @@ class _Chest:
         period = rng.uniform(21, 25)
         phase = np.abs(((_TABLE + rng.uniform(0, period)) % period) / period - 0.5)
         bodies = (0.75 + 0.5 * np.exp(-(((phase - 0.40) / 0.05) ** 2)) - 0.5 * (phase > 0.45)).astype(np.float32)
-        spine = _edge(16 - np.abs(film.x - 0.2 * self.turn), 3.0) * bodies[film.row] * 0.12
+        spine = _edge(15 - np.abs(film.x - 0.2 * self.turn), 7.0) * bodies[film.row] * 0.09
         bones = 0.13 * self._ribs() + spine
         drop = rng.uniform(-4, 6)
         for sign in (-1, 1):  # clavicles: S-shaped, the medial end beside the manubrium
@@ -762,23 +789,26 @@ class _Chest:
             half = (5.0 - 1.6 * np.sin(np.pi * np.clip(along, 0, 1))).astype(np.float32)
             gap = np.abs(film.y - course.astype(np.float32)[film.column])
             inside = half[film.column] - gap
-            bar = _edge(inside, max(1.2, self.pixel)) * (0.7 + 0.5 * np.exp(-((inside - 1) ** 2)))
+            bar = _edge(inside, max(1.2, self.pixel)) * (0.7 + 0.5 * np.maximum(1 - 0.5 * np.abs(inside - 1), 0))
             bones = bones + 0.17 * bar * _edge(sign * film.x - start, 3.0)
         # scapulae: the blade lies beside or over the upper lateral lung
         blade = self.half_width * rng.uniform(0.86, 1.02)
-        slope = np.interp(_TABLE, [30, self.level(0.1), self.level(0.62), self.level(0.72)], [40, 8, 6, 60])
-        inside = self.ax - (blade + slope.astype(np.float32)[film.row])
-        bones = bones + _edge(inside, 2.5) * (0.07 + 0.07 * np.exp(-((inside / 3) ** 2)))
+        slope = _curve([30, self.level(0.1), self.level(0.52), self.level(0.66)], [40, 6, 9, 70])
+        fade = _curve([self.level(0.30), self.level(0.66)], [1, 0.15])
+        inside = self.ax - (blade + slope[film.row])
+        border = np.maximum(1 - np.abs(inside - 1) * 0.25, 0)  # its medial edge is the densest
+        bones = bones + _edge(inside, 2.5) * (0.05 + 0.08 * border) * fade[film.row]
         return bones
 
-    def _soft_tissue(self) -> np.ndarray:
+    def _soft_tissue(self) -> tuple[np.ndarray, np.ndarray]:
+        """What muscle, fat and breasts take of the beam, and the patient's outline."""
         film, rng = self.film, self.rng
         chest = self.half_width + 7 + self.wall
         shoulder = self.apex - 8
         outline = _curve(
             [-60, shoulder - 22, shoulder, shoulder + 18, self.level(0.32), self.level(0.5), self.level(0.62), 420],
             [50, 56, 96, 190, 196, chest + 14, chest, chest + 8],
-            smooth=10,
+            smooth=20,
         )
         depth = outline[film.row] - self.ax
         body = _edge(depth, max(2.0, self.pixel))
@@ -787,9 +817,10 @@ class _Chest:
             cy, reach = self.level(rng.uniform(0.70, 0.82)), rng.uniform(44, 60)
             for sign in (-1, 1):
                 cx = sign * self.half_width * rng.uniform(0.60, 0.70)
-                r = np.hypot((film.x - cx) / 1.15, (film.y - cy) / np.where(film.y > cy, 1.0, 2.0)) / reach
-                tissue = tissue + body * 0.10 * np.clip((1.0 - r) * 3.2, 0, 1)
-        return tissue
+                down = np.maximum(film.y - cy, 0.45 * (cy - film.y))  # round below, fading upwards
+                r = np.sqrt((film.x - cx) ** 2 * (0.75 / reach**2) + down**2 * (1 / reach**2))
+                tissue = tissue + body * 0.15 * _edge(0.93 - r, 0.16) * (0.55 + 0.45 * r)
+        return tissue, body
 
     def _abdomen(self) -> np.ndarray:
         """Liver and stomach: what lies below the diaphragm; the gastric bubble is dark with a level when upright."""
@@ -806,38 +837,40 @@ class _Chest:
         film, level = self.film, self.level
         carina = level(0.335)
         middle = 0.6 * self.turn
+        (right_x, right_y), (left_x, left_y) = self.hilum["right"], self.hilum["left"]
         trachea = _edge(8.0 - np.abs(film.x - middle), 3.0) * _edge(carina - film.y, 6.0)
         bronchi = self.film.draw(
             [
-                (np.array([[middle, carina - 4], [middle - 17, carina + 15], self.hilum["right"] + [4, 8]]), 8.5, 1.0),
-                (np.array([[middle, carina - 4], [middle + 20, carina + 13], self.hilum["left"] + [-2, 10]]), 7.5, 1.0),
+                (np.array([(middle, carina - 4), (middle - 17, carina + 15), (right_x + 4, right_y + 8)]), 8.5, 1.0),
+                (np.array([(middle, carina - 4), (middle + 20, carina + 13), (left_x - 2, left_y + 10)]), 7.5, 1.0),
             ]
         )
         return np.maximum(trachea, 0.8 * bronchi)
 
     def expose(self) -> np.ndarray:
         """(S, S) uint8 film: dense is white."""
-        film, rng = self.film, self.rng
+        film, film_rng = self.film, self.exposure
         vessels = self._vessels()
         hila = np.zeros_like(self.air)
         for hx, hy in self.hilum.values():
-            hila += np.exp(-(((film.x - hx) / 11) ** 2) - ((film.y - hy) / 19) ** 2)
+            hila += np.exp((film.x - hx) ** 2 * (-1 / 121) - (film.y - hy) ** 2 * (1 / 361))
         air = self.air * (1 - 0.86 * self.heart)
         marks = (0.16 * vessels + 0.17 * hila * np.minimum(self.vessel_gain, 1)) * self.vessel_gain
-        beam = self._soft_tissue() + self._abdomen() + self._bones()
+        tissue, body = self._soft_tissue()
+        beam = tissue + self._abdomen() + self._bones() * body
         beam = beam - 0.50 * air * (1 - self.opacity)
         beam += marks * self.lung * (1 - 0.8 * self.heart) * (1 - 0.6 * self.opacity)
-        beam += 0.13 * self.heart * _edge(self.depth_below + 12, 24) * (0.8 + 0.4 * np.clip(self.heart_depth / 40, 0, 1))
-        beam -= 0.13 * self._airway()
+        thick = 0.8 + 0.4 * np.clip(self.heart_depth * (1 / 40), 0, 1)
+        beam += 0.13 * self.heart * thick * _edge(self.depth_below + 12, 24)
+        beam -= 0.19 * self._airway()
         beam += self.extra
-        beam += 0.010 * film.cloud(rng, 12, 2) * self.lung
-        exposure, contrast = rng.uniform(0.40, 0.50), rng.uniform(2.1, 3.0)
-        grey = 0.5 + 0.5 * np.tanh(contrast * (beam - exposure))
-        grey += rng.uniform(0.006, 0.022) * self.noise.standard_normal(grey.shape, dtype=np.float32)
+        beam += 0.012 * film.cloud(self.rng, 10, 1) * self.lung
+        exposure, contrast = film_rng.uniform(0.40, 0.52), film_rng.uniform(1.8, 2.6)
+        clear = float(np.tanh(-contrast * exposure))  # the film beside the patient
+        grey = (np.tanh(contrast * (beam - exposure)) - clear) / (1.0 - clear)
+        grey += film_rng.uniform(0.006, 0.022) * film_rng.standard_normal(grey.shape, dtype=np.float32)
         image = np.clip(grey * 255, 0, 255).astype(np.uint8)
-        if rng.random() < 0.5:
-            image = self._side_marker(image)
-        return image
+        return self._side_marker(image) if self.rng.random() < 0.5 else image
 
     def _side_marker(self, image: np.ndarray) -> np.ndarray:
         """A lead letter at a shoulder; it says which side, so it stands on the true one."""
@@ -845,8 +878,13 @@ class _Chest:
         size = self.film.size
         canvas = Image.fromarray(image)
         at = (size * (0.90 if left else 0.06), size * 0.05)
-        ImageDraw.Draw(canvas).text(at, "L" if left else "R", fill=245, font_size=max(6, size * 0.06))
+        ImageDraw.Draw(canvas).text(at, "L" if left else "R", fill=245, font=_font(max(6, size * 0.06)))
         return np.array(canvas)
+
+
+@functools.lru_cache(maxsize=8)
+def _font(size: float):
+    return ImageFont.load_default(size)
 
 
 def _spline(points: Sequence[tuple[float, float]], count: int = 24) -> np.ndarray:
@@ -1049,6 +1087,7 @@ _ABSENT_WORDS = {
     "pneumothorax": ("pneumothorax",),
     "support device": ("support device", "support devices"),
 }
+_DENIALS = ("No {}.", "There is no {}.", "No evidence of {}.", "No {} is seen.", "Negative for {}.")
 _LUNG_FINDINGS = {"atelectasis", "consolidation", "edema", "emphysema", "mass", "nodule"}
 # what a report may say when none of the findings on the right is there; "" needs an entirely normal film
 _NORMAL_SENTENCES: tuple[tuple[tuple[str, ...], frozenset[str]], ...] = (
@@ -1082,7 +1121,8 @@ def _sentence(finding: Finding, rng: np.random.Generator) -> str:
         template = _choose(rng, _SENTENCES[finding.name][1 if both else 0])
     places = (_BOTH_PLACES if both else _PLACES).get(finding.zone, ("",))
     place = _choose(rng, places).format(side=finding.side)
-    text = template.format(s=_choose(rng, _SEVERITY_WORDS[finding.severity]), side=finding.side, place=place, zone=finding.zone)
+    severity = _choose(rng, _SEVERITY_WORDS[finding.severity])
+    text = template.format(s=severity, side=finding.side, place=place, zone=finding.zone)
     return text[0].upper() + text[1:]
 
 
@@ -1094,7 +1134,8 @@ def write_report(findings: Sequence[Finding], rng: np.random.Generator) -> str:
     present = {item.name for item in findings}
     told = [_sentence(item, rng) for item in findings]
     absent = [name for name in FINDINGS if name not in present]
-    normal = [_choose(rng, texts) for texts, unless in _NORMAL_SENTENCES if not unless & present and rng.random() < 0.45]
+    allowed = [texts for texts, unless in _NORMAL_SENTENCES if not unless & present]
+    normal = [_choose(rng, texts) for texts in allowed if rng.random() < 0.45]
     if not present and rng.random() < 0.7:
         normal.append(_choose(rng, _ALL_NORMAL))
     denials = []
@@ -1104,13 +1145,11 @@ def write_report(findings: Sequence[Finding], rng: np.random.Generator) -> str:
         words = [_choose(rng, _ABSENT_WORDS[str(name)]) for name in rest[:count]]
         rest = rest[count:]
         listed = words[0] if count == 1 else ", ".join(words[:-1]) + f" or {words[-1]}"
-        opening = _choose(rng, ("No {}.", "There is no {}.", "No evidence of {}.", "No {} is seen.", "Negative for {}."))
-        denials.append(opening.format(listed))
+        denials.append(_choose(rng, _DENIALS).format(listed))
     room = 7 - len(told)
     others = [str(text) for text in rng.permutation(normal + denials)][:room]
     while len(told) + len(others) < 3:
-        spare = [text for texts, unless in _NORMAL_SENTENCES if not unless & present for text in texts[:1]]
-        others.append(_choose(rng, [text for text in spare if text not in others]))
+        others.append(_choose(rng, [texts[0] for texts in allowed if not set(texts) & set(others)]))
     sentences = told + others
     if rng.random() < 0.6:  # abnormal first, as most radiologists do; else as the eye wandered
         return " ".join([*(str(t) for t in rng.permutation(told)), *others])
@@ -1120,9 +1159,7 @@ def write_report(findings: Sequence[Finding], rng: np.random.Generator) -> str:
 # --- phantoms and data sets -------------------------------------------------------------------------------------------
 
 
-def make_phantom(
-    seed: int, index: int, size: int = 128, findings: Sequence[Finding | str] | None = None
-) -> Phantom:
+def make_phantom(seed: int, index: int, size: int = 128, findings: Sequence[Finding | str] | None = None) -> Phantom:
     """Draw phantom number `index` of stream `seed`, `size` pixels a side; the same arguments give the same bytes.
 
     `findings` forces what is drawn (names, or `Finding`s whose open fields are drawn at random); () is a normal chest.
@@ -1133,15 +1170,15 @@ def make_phantom(
         raise ValueError(f"seed and index must be 0 or more, got seed={seed}, index={index}.")
     if size < 16:
         raise ValueError(f"A phantom of {size} px shows nothing; take a size of at least 16.")
-    choice, shape, text, noise = (np.random.default_rng([seed, index, stream]) for stream in range(4))
+    choice, anatomy, lesions, exposure, words = (np.random.default_rng([seed, index, stream]) for stream in range(5))
     drawn = _draw_findings(choice)
     complete = _fill_in(drawn if findings is None else findings, choice)
-    chest = _Chest(size, complete, shape, noise)
+    chest = _Chest(size, complete, anatomy, lesions, exposure)
     chest.add_findings()
     image = chest.expose()
     present = sorted(item.name for item in complete)
     absent = [name for name in FINDINGS if name not in present]
-    return Phantom(image, complete, chest.masks, write_report(complete, text), present, absent)
+    return Phantom(image, complete, chest.masks, write_report(complete, words), present, absent)
 
 
 def _png(array: np.ndarray) -> bytes:
@@ -1219,7 +1256,6 @@ def contact_sheet(phantoms: Sequence[Phantom], path: str | Path, columns: int = 
     line = font_size + 2
     height = size + 4 * line + 4
     sheet = Image.new("RGB", (columns * (size + 4), -(-len(phantoms) // columns) * height), "white")
-    draw = ImageDraw.Draw(sheet)
     for number, phantom in enumerate(phantoms):
         x, y = number % columns * (size + 4), number // columns * height
         picture = np.repeat(phantom.image[..., None], 3, axis=2)
@@ -1229,12 +1265,14 @@ def contact_sheet(phantoms: Sequence[Phantom], path: str | Path, columns: int = 
         sheet.paste(Image.fromarray(picture), (x, y))
         for place, item in enumerate(phantom.findings or (Finding("normal", ""),)):
             words = " ".join(word for word in (item.severity, item.side, item.zone, item.name) if word)
-            draw.text((x + 2, y + size + 2 + place * line), words, fill="black", font_size=font_size)
+            caption = Image.new("RGB", (size, line), "white")  # cuts off what is wider than the film
+            ImageDraw.Draw(caption).text((2, 0), words, fill="black", font=_font(font_size))
+            sheet.paste(caption, (x, y + size + 2 + place * line))
     sheet.save(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m MMCLIP.data.phantom", description="Draw a contact sheet of phantoms.")
+    parser = argparse.ArgumentParser("python -m MMCLIP.data.phantom", description="Draw a contact sheet of phantoms.")
     parser.add_argument("--num", type=int, default=24)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)

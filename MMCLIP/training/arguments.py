@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import re
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..configuration_mmclip import MMCLIPConfig
+from ..text.vocabulary import canonical_label
 
 
 def _option(help_text: str, default=None):
@@ -22,10 +24,10 @@ def _option(help_text: str, default=None):
 
 @dataclass
 class ModelArguments:
-    """What changes the weights or the forward. A field left out has the value of MMCLIPConfig, where it is explained."""
+    """What changes the weights or the forward. MMCLIPConfig explains the fields and has the value of those left out."""
 
-    model_name_or_path: str | None = _option("An MMCLIP checkpoint to go on from; the fields below then must be left out")
-    vision_model_name_or_path: str | None = _option("A pretrained vision tower; the text tower needs one too")
+    model_name_or_path: str | None = _option("An MMCLIP checkpoint to go on from; then leave out the fields below")
+    vision_model_name_or_path: str | None = _option("A pretrained vision tower, by name or folder")
     text_model_name_or_path: str | None = _option(
         "A pretrained text tower with its tokenizer; package://NAME/FOLDER is a folder of an installed Python package"
     )
@@ -46,6 +48,7 @@ class ModelArguments:
     mim_weight: float | None = _option("Factor of the AttMIM loss; 0 leaves the branch out")
     mlm_weight: float | None = _option("Factor of the EntMLM loss; 0 leaves the branch out")
     prompt_weight: float | None = _option("Factor of the disease-kind prompt loss; 0 leaves the branch out")
+    local_weight: float | None = _option("Factor of the same loss of single patches; 0 leaves the branch out")
     initializer_range: float | None = _option("Standard deviation of new weights")
 
     def __post_init__(self):
@@ -58,7 +61,7 @@ class ModelArguments:
                 raise ValueError(f"Give `{part}_model_name_or_path` or `{part}_config`, not both.")
         if self.model_name_or_path is not None and (given := self.config_fields()):
             raise ValueError(
-                f"`model_name_or_path` brings its own config, so {', '.join(given)} would change nothing. Leave them out."
+                f"`model_name_or_path` brings its own config, so {', '.join(given)} would do nothing. Leave them out."
             )
 
     def config_fields(self) -> dict:
@@ -83,12 +86,12 @@ class DataArguments:
     num_validation_phantoms: int = _option("Made-up radiographs to validate on", 0)
     phantom_size: int = _option("Their side in pixels", 128)
     phantom_seed: int = _option("Their seed", 0)
-    shuffle_pairs: bool = _option("Give every image another row's text and labels: the floor of what can be learned", False)
+    shuffle_pairs: bool = _option("Give every image another row's text and labels, for the floor of a result", False)
     tokenizer_name_or_path: str | None = _option("Tokenizer, when it is neither the text tower's nor the one shipped")
     max_length: int | None = _option("Longest text in tokens; left out, what the text tower takes")
     mlm_masking: str = _option("entity: EntMLM hides whole entities; random: whole words", "entity")
     mlm_ratio: float = _option("Share of a text's entities that EntMLM hides, at least one", 0.5)
-    prompt_labels: list[str] = _option("Findings of the prompt loss; `all` takes those that training rows state both ways", [])
+    prompt_labels: list[str] = _option("Findings of the prompt loss; `all`: those that are stated both ways", [])
     validation_labels: list[str] = _option("Labels of the zero-shot validation; left out, all that can be scored", [])
     max_rotation: float = _option("Augmentation: degrees, either way", 5.0)
     max_translation: float = _option("Augmentation: share of the side, either way", 0.03)
@@ -100,6 +103,7 @@ class DataArguments:
         if not self.train_manifest and not self.num_phantoms:
             raise ValueError("Nothing to train on: give `train_manifest` or `num_phantoms`.")
         self.tokenizer_name_or_path = resolve_path(self.tokenizer_name_or_path)
+        self.validation_labels = [canonical_label(label, "validation_labels") for label in self.validation_labels]
         for path in [*self.train_manifest, *self.validation_manifest]:
             if not Path(path).is_file():
                 raise ValueError(f"There is no manifest file {path}.")
@@ -125,7 +129,8 @@ def resolve_path(path: str | None) -> str | None:
     package, _, folder = path.removeprefix("package://").partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"{path}: the Python package {package} is not installed; pip install {package.replace('_', '-')}.")
+        name = package.replace("_", "-")
+        raise ValueError(f"{path}: the Python package {package} is not installed; pip install {name}.")
     found = Path(spec.submodule_search_locations[0]) / folder
     if not found.is_dir():
         raise ValueError(f"{path}: the package {package} has no folder {folder!r}.")
@@ -138,22 +143,41 @@ def _parse_json(value, name: str) -> dict | None:
     try:
         parsed = json.loads(value)
     except json.JSONDecodeError as error:
-        raise ValueError(f"`{name}` must be a map in YAML or JSON on the command line, but is {value!r}: {error}.") from error
+        raise ValueError(f"`{name}` must be a map, in YAML or as JSON, but is {value!r}: {error}.") from error
     if not isinstance(parsed, dict):
         raise ValueError(f"`{name}` must be a map, but is {value!r}.")
     return parsed
 
 
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message}. `--help` lists all keys.")  # not ten screens of usage and an exit
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML as people write it: `1e-4` is a number, in nested maps too, and `eval_strategy: no` is the word no."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not (tag.endswith(":bool") and first in "yYnNoO")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def _yaml_arguments(path: Path, known: set[str]) -> list[str]:
-    """A YAML file as command-line arguments, so that `1e-4` is a number and a list a list."""
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    """A YAML file as command-line arguments, so that both go the same way."""
+    content = yaml.load(path.read_text(encoding="utf-8"), Loader=_YamlLoader) or {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold `key: value` lines, but holds a {type(content).__name__}.")
     arguments = []
     for key, value in content.items():
         _check_key(key, known, str(path))
-        if value is None:
-            continue
+        if value is None or value == []:
+            continue  # the default; argparse wants at least one value
         arguments.append(f"--{key}")
         if isinstance(value, list):
             arguments += [str(item) for item in value]
@@ -169,14 +193,16 @@ def _check_key(key: str, known: set[str], where: str):
         raise ValueError(f"{where}: unknown key `{key}`.{hint} `--help` lists all keys.")
 
 
-def parse_run_config(arguments: list[str] | None = None) -> tuple[ModelArguments, DataArguments, MMCLIPTrainingArguments]:
+def parse_run_config(
+    arguments: list[str] | None = None,
+) -> tuple[ModelArguments, DataArguments, MMCLIPTrainingArguments]:
     """`[FILE.yaml] [--key value ...]` -> the arguments of a run; the command line lies on top of the file.
 
-    Raises `ValueError` for an unknown key, with the nearest known ones.
+    Raises `ValueError` for an unknown key, with the nearest known ones, and for a value that its key cannot take.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     types = (ModelArguments, DataArguments, MMCLIPTrainingArguments)
-    parser = HfArgumentParser(types)
+    parser = _Parser(types)
     known = {item.name for kind in types for item in dataclasses.fields(kind) if item.init}
     if arguments and not arguments[0].startswith("-"):
         path = Path(arguments.pop(0))
@@ -185,5 +211,6 @@ def parse_run_config(arguments: list[str] | None = None) -> tuple[ModelArguments
         arguments = _yaml_arguments(path, known) + arguments
     for argument in arguments:
         if argument.startswith("--") and argument != "--help":
-            _check_key(argument[2:].partition("=")[0].replace("-", "_"), known | {f"no_{key}" for key in known}, "command line")
+            key = argument[2:].partition("=")[0].replace("-", "_")
+            _check_key(key, known | {f"no_{name}" for name in known}, "command line")
     return parser.parse_args_into_dataclasses(arguments)

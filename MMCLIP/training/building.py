@@ -1,4 +1,4 @@
-"""From the arguments of a run to its rows, processor, model, dataset and collator; every check before training starts."""
+"""From the arguments of a run to its rows, processor, model, dataset and collator, with every check before training."""
 
 import logging
 from collections import Counter
@@ -13,8 +13,9 @@ from ..data.dataset import MMCLIPDataset
 from ..data.manifest import check_rows
 from ..data.phantom import phantom_dataset
 from ..data.readers import read_csv_manifest
+from ..image_processing_mmclip import MMCLIPImageProcessor
 from ..modeling_mmclip import MMCLIPForPreTraining
-from ..processing_mmclip import MMCLIPProcessor
+from ..processing_mmclip import MMCLIPProcessor, default_tokenizer
 from ..text.vocabulary import canonical_label
 from .arguments import DataArguments, ModelArguments
 
@@ -53,7 +54,11 @@ def build_rows(data: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset 
 
 def shuffle_images(rows: datasets.Dataset, seed: int) -> datasets.Dataset:
     """Every text with another row's image: what is still learned has nothing to do with what the images show."""
-    order = np.random.default_rng(seed).permutation(len(rows))
+    # one cycle through the rows that have an image, so that no image can fall back to its own text
+    has_image = np.array([image is not None for image in rows.select_columns("image")["image"]])
+    cycle = np.random.default_rng(seed).permutation(np.flatnonzero(has_image))
+    order = np.arange(len(rows))
+    order[cycle] = np.roll(cycle, 1)
     images = rows.select_columns("image").select(order).flatten_indices()
     return datasets.concatenate_datasets([images, rows.remove_columns("image")], axis=1)
 
@@ -72,13 +77,11 @@ def build_model_and_processor(
         model = MMCLIPForPreTraining.from_pretrained(model_arguments.model_name_or_path)
         processor = MMCLIPProcessor.from_pretrained(model_arguments.model_name_or_path)
     else:
-        processor = MMCLIPProcessor(tokenizer=build_tokenizer(model_arguments, data))
-        model = _new_model(model_arguments, processor.tokenizer)
-        processor.image_processor.size = {"height": model.image_size, "width": model.image_size}
-        positions = getattr(model.config.text_config, "max_position_embeddings", processor.tokenizer.model_max_length)
-        processor.tokenizer.model_max_length = min(
-            processor.tokenizer.model_max_length, positions, data.max_length or positions
-        )
+        tokenizer = build_tokenizer(model_arguments, data) or default_tokenizer()
+        model = _new_model(model_arguments, tokenizer)
+        positions = getattr(model.config.text_config, "max_position_embeddings", tokenizer.model_max_length)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions, data.max_length or positions)
+        processor = MMCLIPProcessor(MMCLIPImageProcessor(size=model.image_size), tokenizer)
     processor.check_tokenizer(model.config)
     return model, processor
 
@@ -94,7 +97,11 @@ def _new_model(arguments: ModelArguments, tokenizer) -> MMCLIPForPreTraining:
 
 
 def build_datasets(
-    train_rows: datasets.Dataset, data: DataArguments, model: MMCLIPForPreTraining, processor: MMCLIPProcessor, seed: int
+    train_rows: datasets.Dataset,
+    data: DataArguments,
+    model: MMCLIPForPreTraining,
+    processor: MMCLIPProcessor,
+    seed: int,
 ) -> tuple[MMCLIPDataset, MMCLIPCollator]:
     """The training set with its augmentation, and the collator that makes its batches."""
     augmentation = RadiographAugmentation(
@@ -113,7 +120,7 @@ def build_datasets(
         else:
             labels = tuple(canonical_label(label, "prompt_labels") for label in data.prompt_labels)
         if unseen := [label for label in labels if not any(stated[label])]:
-            raise ValueError(f"`prompt_labels`: no training row says anything about {', '.join(unseen)}. Leave them out.")
+            raise ValueError(f"`prompt_labels`: no training row says anything about {', '.join(unseen)}.")
     collator = MMCLIPCollator(
         processor,
         num_patches=model.num_patches,

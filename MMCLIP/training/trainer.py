@@ -28,8 +28,16 @@ class MMCLIPTrainer(Trainer):
     checkpoint. `validation_labels` limits the labels. Each loss is logged as `loss_NAME`, averaged since the last log.
     """
 
-    def __init__(self, *args, validation_labels: list[str] | None = None, fully_labelled: tuple[str, ...] = (), **kwargs):
+    def __init__(
+        self, *args, validation_labels: list[str] | None = None, fully_labelled: tuple[str, ...] = (), **kwargs
+    ):
         super().__init__(*args, **kwargs)
+        batch_size = self.args.train_batch_size * self.args.world_size
+        if self.args.dataloader_drop_last and self.train_dataset is not None and len(self.train_dataset) < batch_size:
+            raise ValueError(
+                f"{len(self.train_dataset)} training rows make no batch of {batch_size} (`per_device_train_batch_size` "
+                "times processes), and `dataloader_drop_last` drops the rest. Lower one or leave out the other."
+            )
         self.validation_labels, self.fully_labelled = validation_labels, fully_labelled
         self._loss_sums, self._num_losses = defaultdict(float), 0
         self.add_callback(_SetEpoch(self.train_dataset))

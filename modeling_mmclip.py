@@ -92,7 +92,7 @@ def contrastive_loss(
 
 
 def prompt_loss(image_embeds: Tensor, prompt_embeds: Tensor, logit_scale: Tensor, prompt_labels: Tensor) -> Tensor:
-    """Binary cross-entropy of "there is X" against "there is no X" for each image and each finding whose truth is known.
+    """Binary cross-entropy of "there is X" against "there is no X" for each image and each known finding.
 
     `image_embeds` (B, D) and `prompt_embeds` (F, 2, D; present, then absent) are L2-normalised; `prompt_labels` (B, F)
     is 1 where the finding is present, 0 where it is absent and -100 where nothing is known. Returns a scalar: 0 when
@@ -105,15 +105,14 @@ def prompt_loss(image_embeds: Tensor, prompt_embeds: Tensor, logit_scale: Tensor
 def local_prompt_loss(
     patch_embeds: Tensor, prompt_embeds: Tensor, logit_scale: Tensor, prompt_labels: Tensor
 ) -> Tensor:
-    """As [`prompt_loss`], but the patches answer: does any patch say "there is X" more than any says "there is no X"?
+    """As [`prompt_loss`], but the patches answer: does any of them say "there is X" rather than "there is no X"?
 
     `patch_embeds` (B, N, D) are projected and L2-normalised; the other arguments are those of [`prompt_loss`]. "Any" is
-    a soft maximum over the patches. This is what makes text-to-patch attention find a lesion: under mean pooling alone
-    it met the lesions of phantoms no more often than chance (RESULTS.md).
+    the soft maximum log(mean(exp(.))) over the patches, as in multiple-instance learning.
     """
-    similarity = torch.einsum("bnd,fsd->bfsn", patch_embeds, prompt_embeds)  # s: present, absent
-    present, absent = (logit_scale * similarity).logsumexp(dim=-1).unbind(dim=-1)  # (B, F) each
-    return _known_cross_entropy(present - absent, prompt_labels)
+    contrast = prompt_embeds[:, 0] - prompt_embeds[:, 1]  # (F, D)
+    margins = logit_scale * torch.einsum("bnd,fd->bfn", patch_embeds, contrast)
+    return _known_cross_entropy(margins.logsumexp(dim=-1) - math.log(margins.shape[-1]), prompt_labels)
 
 
 def _known_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -278,7 +277,9 @@ class EntMLMHead(nn.Module):
     def __init__(self, config, text_size: int, image_size: int, vocab_size: int):
         super().__init__()
         self.decoder = CrossModalDecoder(config, text_size, image_size)
-        self.transform = nn.Sequential(nn.Linear(config.decoder_hidden_size, text_size), nn.GELU(), nn.LayerNorm(text_size))
+        self.transform = nn.Sequential(
+            nn.Linear(config.decoder_hidden_size, text_size), nn.GELU(), nn.LayerNorm(text_size)
+        )
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, text_tokens, attention_mask, patch_tokens, word_embeddings, is_masked=None) -> Tensor:
@@ -305,7 +306,11 @@ class ConvolutionalStem(nn.Sequential):
         layers, size = [], num_channels
         for step in reversed(range(num_steps)):
             next_size = max(hidden_size // 2**step, 16)
-            layers += [nn.Conv2d(size, next_size, 3, stride=2, padding=1, bias=False), nn.GroupNorm(1, next_size), nn.GELU()]
+            layers += [
+                nn.Conv2d(size, next_size, 3, stride=2, padding=1, bias=False),
+                nn.GroupNorm(1, next_size),
+                nn.GELU(),
+            ]
             size = next_size
         super().__init__(*layers, nn.Conv2d(size, hidden_size, 1))
 
@@ -337,7 +342,7 @@ def _find_patch_size(vision_config, image_size: int) -> int:
     else:
         grid = math.isqrt(shape[1])
     if image_size % grid:
-        raise ValueError(f"{image_size} px do not divide into {grid} x {grid} patches; change the tower's `image_size`.")
+        raise ValueError(f"{image_size} px do not divide into {grid} x {grid} patches; change the tower's size.")
     return image_size // grid
 
 
@@ -392,7 +397,7 @@ class MMCLIPOutput(ModelOutput):
 @dataclass
 class MMCLIPForPreTrainingOutput(ModelOutput):
     r"""
-    loss: weighted total. loss_info: its parts before weighting (detached scalars: contrastive, mim, mlm, prompt, local).
+    loss: weighted total. loss_info: its parts, unweighted (detached scalars: contrastive, mim, mlm, prompt, local).
     logits_per_image, logits_per_text (B, B); text_embeds, image_embeds (B, D). mim_logits (B, N, P * P * C).
     mlm_logits (M, vocab) for the M masked words in reading order, or (B, T, vocab) when no `mlm_labels` were given.
     bool_masked_pos (B, N): the patches that were hidden. text_to_patch_attention (B, N): sums to 1 in each row.
@@ -565,11 +570,23 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
         return BaseModelOutputWithPooling(**{**outputs, "pooler_output": self.project_text(pooled)})
 
     def get_text_to_patch_attention(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        contrast_input_ids: Tensor | None = None,
+        contrast_attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Heat map of each text on its image: (B, N), patches in reading order, summing to 1 in each row."""
+        """Heat map of each text on its image: (B, N), patches in reading order, summing to 1 in each row.
+
+        With a contrasting text ("There is no nodule." beside "There is a nodule."), where the patches answer the text
+        more than that one. What both have in common no longer counts, which meets lesions better (RESULTS.md).
+        """
         patch_tokens = self.encode_image(pixel_values)[1]
         text_embeds = self.project_text(self.encode_text(input_ids, attention_mask)[0])
+        if contrast_input_ids is not None:
+            contrast = self.encode_text(contrast_input_ids, contrast_attention_mask)[0]
+            text_embeds = text_embeds - self.project_text(contrast)
         return self.attention_to_patches(patch_tokens, text_embeds)
 
     @can_return_tuple
@@ -744,13 +761,13 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
             return fields["image_mean"], fields["image_std"]
         except (OSError, KeyError) as error:
             raise ValueError(
-                f"{path} takes three channels and says nowhere how its images were normalised, so its patch kernel cannot "
-                "be folded into one channel. Pass `vision_image_mean` and `vision_image_std`, three floats each."
+                f"{path} takes three channels and says nowhere how its images were normalised, so its patch kernel "
+                "cannot be folded into one channel. Pass `vision_image_mean` and `vision_image_std`, three floats each."
             ) from error
 
 
 class MMCLIPForPreTraining(MMCLIPModel):
-    """MMCLIP with its pretraining heads: contrastive, AttMIM, EntMLM and disease-kind prompt losses from one image pass."""
+    """MMCLIP and its pretraining losses: contrastive, AttMIM, EntMLM and disease-kind prompts, from one image pass."""
 
     _keys_to_ignore_on_load_unexpected = [r"^classifier\."]
 
@@ -873,7 +890,7 @@ class MMCLIPForImageClassification(MMCLIPPreTrainedModel):
     """
 
     _keys_to_ignore_on_load_unexpected = [
-        r"^text_model\.", r"^(visual|text)_projection\.", r"^logit_scale$", r"^mim_head\.", r"^mlm_head\.", r"^no_image_token$",
+        r"^text_model\.", r"^(visual|text)_projection\.", r"^logit_scale$", r"^m[il]m_head\.", r"^no_image_token$",
     ]  # fmt: skip
 
     def __init__(self, config: MMCLIPConfig):

@@ -58,6 +58,9 @@ def main():
         logger.info(f"going on from {last_checkpoint or 'the start: there is no checkpoint yet'}")
     results = trainer.train(resume_from_checkpoint=last_checkpoint)
     trainer.save_model(str(output_dir / "checkpoint"))
+    if is_main:
+        # a pickle, which nobody should load from a folder meant for others; run_config.json says the same
+        (output_dir / "checkpoint" / "training_args.bin").unlink(missing_ok=True)
     trainer.log_metrics("train", results.metrics)
     trainer.save_metrics("train", results.metrics, combined=False)
     trainer.save_state()

@@ -4,7 +4,6 @@ import os
 
 import pytest
 import torch
-
 from MMCLIP.configuration_mmclip import MMCLIPConfig
 
 

@@ -62,8 +62,10 @@ class PointingModel(nn.Module):
 
     device, dtype = torch.device("cpu"), torch.float32
 
-    def get_text_to_patch_attention(self, pixel_values, input_ids, attention_mask):
-        assert len(pixel_values) == len(input_ids) and not self.training
+    def get_text_to_patch_attention(
+        self, pixel_values, input_ids, attention_mask, contrast_input_ids, contrast_attention_mask
+    ):
+        assert len(pixel_values) == len(input_ids) == len(contrast_input_ids) and not self.training
         attention = torch.zeros(len(input_ids), 16)
         attention[range(len(input_ids)), torch.where(input_ids[:, 0] == 1, 1, 15)] = 1.0
         return attention

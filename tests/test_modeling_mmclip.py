@@ -4,14 +4,13 @@ import math
 import pytest
 import torch
 from conftest import tiny_batch, tiny_config
-from transformers import AutoModel, BertConfig, BertModel, ViTConfig, ViTModel
-
 from MMCLIP.modeling_mmclip import (
     MMCLIPForImageClassification,
     MMCLIPForPreTraining,
     MMCLIPModel,
     contrastive_loss,
     fold_patch_convolution,
+    local_prompt_loss,
     masked_patch_loss,
     masked_token_loss,
     normalise_patches,
@@ -19,6 +18,7 @@ from MMCLIP.modeling_mmclip import (
     prompt_loss,
     select_masked_patches,
 )
+from transformers import AutoModel, BertConfig, BertModel, ViTConfig, ViTModel
 
 
 ONE = torch.tensor(1.0)
@@ -36,12 +36,13 @@ def test_contrastive_loss_equals_cross_entropy_over_the_diagonal_when_no_text_re
     images, texts = torch.nn.functional.normalize(torch.randn(2, 5, 8), dim=-1)
     logits = 7.0 * images @ texts.T
     target = torch.arange(5)
-    expected = (torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)) / 2
+    cross_entropy = torch.nn.functional.cross_entropy
+    expected = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
     torch.testing.assert_close(contrastive_loss(images, texts, torch.tensor(7.0), torch.arange(5)), expected)
 
 
 def test_rows_with_the_same_text_are_mutual_positives():
-    # all similarities equal: with one group every column is a positive, and the uniform prediction is exact up to entropy
+    # all similarities equal: with one group every column is a positive, so the loss is the entropy
     images, texts = torch.ones(2, 1), torch.ones(2, 1)
     assert contrastive_loss(images, texts, ONE, torch.tensor([7, 7])).item() == pytest.approx(math.log(2))
     # a perfect split into the two groups {0, 1} and {2} costs log 2 for the first two rows and 0 for the third
@@ -74,6 +75,15 @@ def test_prompt_loss_counts_only_known_findings():
     both = prompt_loss(image, prompts, ONE, torch.tensor([[1.0, 1.0]]))
     assert both.item() == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(1))) / 2)
     assert prompt_loss(image, prompts, ONE, torch.tensor([[-100.0, -100.0]])).item() == 0
+
+
+def test_local_prompt_loss_takes_the_soft_maximum_over_the_patches():
+    prompts = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    patches = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # margins 1 and -1
+    logit = math.log((math.e + 1 / math.e) / 2)
+    loss = local_prompt_loss(patches, prompts, ONE, torch.tensor([[1.0]]))
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-logit)))
+    assert local_prompt_loss(patches, prompts, ONE, torch.tensor([[-100.0]])).item() == 0
 
 
 def test_masked_patch_loss_counts_only_hidden_patches():
@@ -143,13 +153,26 @@ def test_a_padded_kernel_does_not_fold():
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 TOWERS = {
-    "resnet": {"hidden_sizes": [16, 32], "depths": [1, 1], "embedding_size": 16, "layer_type": "basic", "image_size": 64},
+    "resnet": {
+        "hidden_sizes": [16, 32],
+        "depths": [1, 1],
+        "embedding_size": 16,
+        "layer_type": "basic",
+        "image_size": 64,
+    },
     "convnext": {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "image_size": 64},
     "dinov2": {"image_size": 64, "patch_size": 16, **SHAPE},
     "dinov2_with_registers": {"image_size": 64, "patch_size": 16, **SHAPE},
     "siglip_vision_model": {"image_size": 64, "patch_size": 16, **SHAPE},
     "clip_vision_model": {"image_size": 64, "patch_size": 16, **SHAPE},
-    "swin": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "image_size": 64, "patch_size": 4, "window_size": 4},
+    "swin": {
+        "embed_dim": 16,
+        "depths": [1, 1],
+        "num_heads": [2, 2],
+        "image_size": 64,
+        "patch_size": 4,
+        "window_size": 4,
+    },
 }
 
 
@@ -171,7 +194,7 @@ def test_any_text_tower_trains(model_type):
     fields = {"model_type": model_type, "vocab_size": 100, "pad_token_id": 0, "max_position_embeddings": 64}
     fields |= {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64} if model_type == "distilbert" else SHAPE
     outputs = MMCLIPForPreTraining(tiny_config(text_config=fields))(**tiny_batch())
-    assert set(outputs.loss_info) == {"contrastive", "mim", "mlm", "prompt"} and torch.isfinite(outputs.loss)
+    assert set(outputs.loss_info) == {"contrastive", "mim", "mlm", "prompt", "local"} and torch.isfinite(outputs.loss)
 
 
 def test_pretrained_towers_are_taken_over_and_folded(tmp_path):
@@ -205,26 +228,30 @@ def test_one_batch_gives_every_parameter_a_gradient(batch):
     model = MMCLIPForPreTraining(tiny_config())
     model(**batch).loss.backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    zero = [name for name, parameter in model.named_parameters() if parameter.grad is not None and not parameter.grad.any()]
+    zero = [
+        name for name, parameter in model.named_parameters() if parameter.grad is not None and not parameter.grad.any()
+    ]
     assert without == []
     # softmax does not feel a shift of all its keys, so those biases have no slope (up to rounding); nothing else may
     assert all("key" in name or "k_proj" in name for name in zero), zero
 
 
-@pytest.mark.parametrize("name", ["contrastive", "mim", "mlm", "prompt"])
+@pytest.mark.parametrize("name", ["contrastive", "mim", "mlm", "prompt", "local"])
 def test_a_branch_of_weight_zero_is_neither_built_nor_run(name, batch):
     model = MMCLIPForPreTraining(tiny_config(**{f"{name}_weight": 0}))
     outputs = model(**batch)
     outputs.loss.backward()
-    assert name not in outputs.loss_info and len(outputs.loss_info) == 3
+    assert name not in outputs.loss_info and len(outputs.loss_info) == 4
     assert not [key for key in model.state_dict() if key.startswith(f"{name}_head")]
 
 
 def test_the_total_is_the_weighted_sum_of_its_parts(batch):
-    model = MMCLIPForPreTraining(tiny_config(mim_weight=0.5, mlm_weight=2.0, prompt_weight=3.0)).eval()
+    model = MMCLIPForPreTraining(
+        tiny_config(mim_weight=0.5, mlm_weight=2.0, prompt_weight=3.0, local_weight=4.0)
+    ).eval()
     outputs = model(**batch)
     parts = outputs.loss_info
-    total = parts["contrastive"] + 0.5 * parts["mim"] + 2 * parts["mlm"] + 3 * parts["prompt"]
+    total = parts["contrastive"] + 0.5 * parts["mim"] + 2 * parts["mlm"] + 3 * parts["prompt"] + 4 * parts["local"]
     torch.testing.assert_close(outputs.loss, total)
 
 
@@ -375,6 +402,15 @@ def test_text_to_patch_attention_sums_to_one_and_peaks_where_the_patch_matches(b
     patch_tokens[0, :, 0] = torch.tensor([0.1, 0.1, 1.0, 0.1])
     patch_tokens[0, :, 1] = torch.tensor([1.0, 1.0, 0.1, 1.0])
     assert model.attention_to_patches(patch_tokens, torch.eye(16)[:1]).argmax().item() == 2
+
+
+def test_a_contrasting_text_takes_away_what_both_texts_share(batch):
+    model = MMCLIPModel(tiny_config()).eval()
+    images, ids = batch["pixel_values"], batch["input_ids"]
+    against_itself = model.get_text_to_patch_attention(images, ids, contrast_input_ids=ids)
+    torch.testing.assert_close(against_itself, torch.full((4, 16), 1 / 16))
+    against_other = model.get_text_to_patch_attention(images, ids, contrast_input_ids=ids.flip(0))
+    assert not torch.allclose(against_other, model.get_text_to_patch_attention(images, ids))
 
 
 def test_an_image_of_the_wrong_size_or_channels_is_an_error_that_says_both(batch):

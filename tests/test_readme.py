@@ -108,10 +108,15 @@ def test_the_python_of_the_readme_runs_in_order(home):
     assert all(parameter.grad is not None for parameter in names["pretraining"].parameters())
 
 
+def zero_shot_parser():
+    spec = importlib.util.spec_from_file_location("run_zero_shot", ROOT / "examples" / "run_zero_shot.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.parse_arguments
+
+
 def test_each_command_parses(home):
-    zero_shot = importlib.util.spec_from_file_location("run_zero_shot", ROOT / "examples" / "run_zero_shot.py")
-    run_zero_shot = importlib.util.module_from_spec(zero_shot)
-    zero_shot.loader.exec_module(run_zero_shot)
+    parse_zero_shot = zero_shot_parser()
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     kinds = set()
     for page in PAGES:
@@ -121,7 +126,7 @@ def test_each_command_parses(home):
                 assert command[1] in targets, command
             elif command[0] == "python":
                 assert command[1] == "examples/run_zero_shot.py", command
-                assert Path(run_zero_shot.parse_arguments(command[2:]).manifest).is_file()
+                assert Path(parse_zero_shot(command[2:]).manifest).is_file()
             elif command[0] == "accelerate":
                 launch = launch_command_parser().parse_args(command[2:])
                 assert Path(launch.training_script).is_file()
@@ -145,15 +150,17 @@ def test_each_option_in_the_text_is_an_option_of_a_run_and_changes_it(page, home
     fields = {item.name for kind in kinds for item in dataclasses.fields(kind)}
     launch_options = {option for action in launch_command_parser()._actions for option in action.option_strings}
     plain = vars_of(parse_run_config([config_file]))
+    parse_zero_shot, scoring = zero_shot_parser(), ["--model", "m", "--phantoms", "1", "--output_dir", "o"]
     for code in inline_code(page):
         if not code.startswith("--"):
             continue
         option, *values = shlex.split(code)
         name = option.removeprefix("--")
-        assert name in fields or option in launch_options or option == "--help", code
         if name in fields and values:
             changed = vars_of(parse_run_config([config_file, option, *values]))
             assert changed[name] != plain[name], f"{code} changes nothing"
+        elif name not in fields and option not in launch_options and option != "--help":
+            assert parse_zero_shot([*scoring, option, *values]) != parse_zero_shot(scoring), f"{code} changes nothing"
 
 
 def vars_of(parsed) -> dict:

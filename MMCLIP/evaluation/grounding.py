@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..text.prompts import positive_prompts
+from ..text.prompts import negative_prompts, positive_prompts
 from .metrics import auroc, percentile_interval, resample_patients
 from .zero_shot import evaluating, pixel_value_batches
 
@@ -51,7 +51,7 @@ def row_pairs(rows: datasets.Dataset, index: int) -> list[GroundingPair]:
 def grounding_heatmaps(
     model, processor, rows: datasets.Dataset, pairs: Sequence[GroundingPair], batch_size: int = 64, num_workers: int = 0
 ) -> list[np.ndarray]:
-    """Attention of the patches to "There is <finding>." at the size of each pair's mask: (height, width) float64."""
+    """Where the patches answer "There is <finding>." more than its denial, at the size of each mask, float64."""
     if not pairs:
         return []
     images = rows.select_columns(["row_id", "image"]).select([pair.row for pair in pairs])
@@ -59,12 +59,17 @@ def grounding_heatmaps(
     with evaluating(model):
         for pixel_values in pixel_value_batches(processor, images, batch_size, num_workers):
             batch = pairs[len(heatmaps) : len(heatmaps) + len(pixel_values)]
-            texts = [positive_prompts(pair.finding)[0] for pair in batch]  # "There is <finding>."
-            tokens = processor(text=texts, return_tensors="pt").to(model.device)
+            # "There is <finding>." against "There is no <finding>."
+            tokens, contrast = (
+                processor(text=[prompts(pair.finding)[0] for pair in batch], return_tensors="pt").to(model.device)
+                for prompts in (positive_prompts, negative_prompts)
+            )
             attention = model.get_text_to_patch_attention(
                 pixel_values=pixel_values.to(device=model.device, dtype=model.dtype),
                 input_ids=tokens["input_ids"],
                 attention_mask=tokens["attention_mask"],
+                contrast_input_ids=contrast["input_ids"],
+                contrast_attention_mask=contrast["attention_mask"],
             )
             for pair, one in zip(batch, attention.float().cpu(), strict=True):
                 heatmaps.append(np.asarray(processor.resize_heatmap(one, pair.mask.shape), dtype=np.float64))

@@ -113,13 +113,13 @@ def build_datasets(
     )
     dataset = MMCLIPDataset(train_rows, augmentation=augmentation, seed=seed)
     labels = ()
-    if model.config.prompt_weight > 0:
+    if model.config.prompt_weight > 0 or model.config.local_weight > 0:
         stated = label_counts(dataset)
         if data.prompt_labels == ["all"]:
             labels = tuple(sorted(label for label, (present, absent) in stated.items() if present and absent))
         else:
             labels = tuple(canonical_label(label, "prompt_labels") for label in data.prompt_labels)
-        if unseen := [label for label in labels if not any(stated[label])]:
+        if unseen := [label for label in labels if label not in stated]:
             raise ValueError(f"`prompt_labels`: no training row says anything about {', '.join(unseen)}.")
     collator = MMCLIPCollator(
         processor,
@@ -137,4 +137,4 @@ def label_counts(dataset: MMCLIPDataset) -> dict[str, tuple[int, int]]:
     for labels_present, labels_absent in dataset.labels():
         present.update(set(labels_present))
         absent.update(set(labels_absent))
-    return Counter() | {label: (present[label], absent[label]) for label in present.keys() | absent.keys()}
+    return {label: (present[label], absent[label]) for label in present.keys() | absent.keys()}

@@ -42,19 +42,30 @@ class _GatherWithGradient(torch.autograd.Function):
         return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
 
 
+def _num_processes() -> int:
+    is_running = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if is_running else 1
+
+
 def gather_over_processes(tensor: Tensor) -> Tensor:
     """(B, ...) of each process -> (B * processes, ...) in rank order, with gradient; unchanged in a single process."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return tensor
-    return tensor if torch.distributed.get_world_size() == 1 else _GatherWithGradient.apply(tensor)
+    return tensor if _num_processes() == 1 else _GatherWithGradient.apply(tensor)
 
 
 def _soft_cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:
-    """Mean over rows that have a positive of the cross-entropy against a uniform target over the row's positives."""
+    """Mean over rows that have a positive of the cross-entropy against a uniform target over the row's positives.
+
+    In a distributed run the mean is taken with the number of such rows of an average process, so that the average of
+    the losses of all processes is the mean over all rows, however unevenly they are spread.
+    """
     num_positives = positives.sum(dim=-1)  # (R,)
     # masked_fill, not a product: a column that was set to -inf must not turn into NaN
     log_likelihood = logits.log_softmax(dim=-1).masked_fill(~positives, 0.0).sum(dim=-1) / num_positives.clamp(min=1)
-    return -log_likelihood.sum() / (num_positives > 0).sum().clamp(min=1)
+    num_rows = (num_positives > 0).sum().to(logits.dtype)
+    if _num_processes() > 1:
+        torch.distributed.all_reduce(num_rows)
+        num_rows = num_rows / _num_processes()
+    return -log_likelihood.sum() / num_rows.clamp(min=1 / _num_processes())
 
 
 def contrastive_loss(

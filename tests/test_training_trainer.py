@@ -358,11 +358,11 @@ def test_two_processes_at_half_the_batch_have_the_loss_and_gradient_of_one(tmp_p
         return torch.nn.functional.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
 
     plain = {"image_embeds": unit(8, 5), "text_embeds": unit(8, 5)}
-    # rows 1 and 6 have the same text, but lie in different processes; each process has one row without an image
+    # rows 1 and 6 have the same text, but lie in different processes; one process has 4 images, the other 1
     full = {
         **plain,
         "group_ids": torch.tensor([0, 1, 2, 3, 4, 5, 1, 7]),
-        "has_image": torch.tensor([True, True, False, True, True, True, True, False]),
+        "has_image": torch.tensor([True, True, True, True, False, False, True, False]),
     }
     batches = {"plain": plain, "full": full}
     torch.save(batches, tmp_path / "batch.pt")

@@ -1,3 +1,6 @@
+import importlib.util
+
+
 """What a YAML file and a command line may say, and what they are told when they say it wrongly."""
 
 import dataclasses
@@ -205,3 +208,17 @@ def test_the_full_recipe_asks_for_its_paths_and_takes_them(tmp_path):
     # a list has its reasons beside its items, and the four weights share one
     without = {line.partition(":")[0] for line in lines if "#" not in line}
     assert without <= {"train_manifest", "mim_weight", "mlm_weight", "prompt_weight"}, "a value without its reason"
+
+
+def test_curves_go_to_tensorboard_where_it_is_installed_and_nowhere_else(monkeypatch, tmp_path):
+    arguments = ["--num_phantoms", "4", "--output_dir", str(tmp_path)]
+    find_spec = importlib.util.find_spec
+    for is_installed in (True, False):
+        found = object() if is_installed else None
+        monkeypatch.setattr(
+            importlib.util,
+            "find_spec",
+            lambda name, *rest, found=found: found if name == "tensorboard" else find_spec(name, *rest),
+        )
+        assert parse_run_config(arguments)[2].report_to == (["tensorboard"] if is_installed else [])
+    assert parse_run_config([*arguments, "--report_to", "none"])[2].report_to == []

@@ -115,8 +115,11 @@ class MMCLIPTrainingArguments(TrainingArguments):
 
     text_learning_rate: float | None = _option("Learning rate of the text tower; left out, `learning_rate`")
     remove_unused_columns: bool = _option("The Trainer's own default would drop the image", False)
+    report_to: str | None = _option("Where curves go; left out, tensorboard when it is installed, else none")
 
     def __post_init__(self):
+        if self.report_to is None:
+            self.report_to = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns: true` would drop the image from every sample; leave it out.")

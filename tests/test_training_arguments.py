@@ -1,9 +1,7 @@
-import importlib.util
-
-
 """What a YAML file and a command line may say, and what they are told when they say it wrongly."""
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 

@@ -36,13 +36,11 @@ try:
 except ImportError:  # transformers 5.17 cannot use AutoImageProcessor at all without torchvision
     pass
 
-# `save_pretrained` copies the code of these classes next to the weights; `auto_map` comes from the config
+# `save_pretrained` copies the code of these classes next to the weights (the processors register themselves)
 MMCLIPConfig.register_for_auto_class()
 MMCLIPModel.register_for_auto_class("AutoModel")
 MMCLIPForPreTraining.register_for_auto_class("AutoModelForPreTraining")
 MMCLIPForImageClassification.register_for_auto_class("AutoModelForImageClassification")
-MMCLIPImageProcessor.register_for_auto_class("AutoImageProcessor")
-MMCLIPProcessor.register_for_auto_class("AutoProcessor")
 
 __all__ = [
     "MMCLIPConfig",

@@ -22,10 +22,12 @@ def row(row_id="a", **fields):
         "absent": [],
         "uncertain": [],
         "patient_id": "",
+        "study_id": "",
         "view": "PA",
         "split": "train",
         "source": "made up",
         "masks": [],
+        "boxes": [],
         **fields,
     }
 

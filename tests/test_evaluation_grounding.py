@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 from transformers import BatchFeature
 
-from MMCLIP.data.manifest import FEATURES
+from MMCLIP.data.manifest import FEATURES, make_row, rows_to_dataset
 from MMCLIP.evaluation.grounding import (
     example_pairs,
     grounding_heatmaps,
@@ -43,18 +43,16 @@ TOP, LEFT, RIGHT = (
 
 def make_rows(*masks: list[tuple[str, str, np.ndarray]], image_size: int = 32) -> datasets.Dataset:
     """One row for each list of (finding, side, mask); all images are black."""
-    image = {"path": None, "bytes": to_png(np.zeros((image_size, image_size), dtype=np.uint8))}
-    return datasets.Dataset.from_list(
-        [
-            {
-                "row_id": f"film{number}", "image": image, "report": None, "patient_id": "", "view": "", "split": "",
-                "present": sorted({finding for finding, _, _ in listed}), "absent": [], "uncertain": [], "source": "a",
-                "masks": [{"finding": f, "side": s, "png": to_png(m.astype(np.uint8) * 255)} for f, s, m in listed],
-            }
-            for number, listed in enumerate(masks)
-        ],
-        FEATURES,
-    )  # fmt: skip
+    return rows_to_dataset(
+        make_row(
+            f"film{number}",
+            to_png(np.zeros((image_size, image_size), dtype=np.uint8)),
+            source="a",
+            present=sorted({finding for finding, _, _ in listed}),
+            masks=[{"finding": f, "side": s, "png": to_png(m.astype(np.uint8) * 255)} for f, s, m in listed],
+        )
+        for number, listed in enumerate(masks)
+    )
 
 
 class PointingModel(nn.Module):

@@ -2,7 +2,6 @@ import io
 import math
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,7 +12,7 @@ from PIL import Image
 from torch import nn
 from transformers import BatchFeature
 
-from MMCLIP.data.manifest import FEATURES
+from MMCLIP.data.manifest import make_row, rows_to_dataset
 from MMCLIP.evaluation.metrics import UNKNOWN
 from MMCLIP.evaluation.zero_shot import (
     evaluate_zero_shot,
@@ -31,13 +30,13 @@ def gray_png(level: int, size: int = 8) -> bytes:
     return file.getvalue()
 
 
-def make_rows(*rows: dict) -> datasets.Dataset:
+def make_rows(*rows: dict):
     """Manifest rows with what a test does not say left neutral."""
-    neutral = {"report": None, "present": [], "absent": [], "uncertain": [], "patient_id": "", "view": "", "masks": []}
-    neutral |= {"split": "test", "source": "a"}
-    images = [{"path": None, "bytes": gray_png(number)} for number in range(len(rows))]
-    filled = [neutral | {"row_id": str(number), "image": images[number]} | row for number, row in enumerate(rows)]
-    return datasets.Dataset.from_list(filled, FEATURES)
+    neutral = {"source": "a", "split": "test"}
+    return rows_to_dataset(
+        make_row(**{"row_id": str(number), "image": gray_png(number), **neutral, **row})
+        for number, row in enumerate(rows)
+    )
 
 
 class AngleProcessor:
@@ -94,8 +93,8 @@ def test_score_is_the_softmax_over_the_prompt_pair_at_the_models_temperature():
 
 def test_images_that_all_round_to_one_are_still_ranked():
     rows = make_rows(
-        {"image": {"path": None, "bytes": gray_png(254)}, "present": ["edema"]},
-        {"image": {"path": None, "bytes": gray_png(252)}, "absent": ["edema"]},
+        {"image": gray_png(254), "present": ["edema"]},
+        {"image": gray_png(252), "absent": ["edema"]},
     )
     results, predictions = evaluate_zero_shot(AngleModel(scale=100), AngleProcessor(), rows, num_bootstrap=0)
     assert predictions.scores[:, 0].tolist() == [1.0, 1.0]
@@ -215,9 +214,9 @@ def test_rows_without_image_or_label_are_left_out_and_counted():
 
 def test_sources_are_also_scored_apart_and_their_patients_kept_apart():
     rows = make_rows(
-        {"source": "a", "present": ["edema"], "patient_id": "1", "image": {"path": None, "bytes": gray_png(200)}},
-        {"source": "a", "present": ["mass"], "patient_id": "2", "image": {"path": None, "bytes": gray_png(210)}},
-        {"source": "b", "present": ["mass"], "patient_id": "1", "image": {"path": None, "bytes": gray_png(10)}},
+        {"source": "a", "present": ["edema"], "patient_id": "1", "image": gray_png(200)},
+        {"source": "a", "present": ["mass"], "patient_id": "2", "image": gray_png(210)},
+        {"source": "b", "present": ["mass"], "patient_id": "1", "image": gray_png(10)},
     )
     zero_shot = evaluate_zero_shot(AngleModel(), AngleProcessor(), rows, ["Edema"], num_bootstrap=0)[0]["zero_shot"]
     assert zero_shot["per_class"]["edema"]["auroc"] == 0.5
@@ -240,6 +239,6 @@ def test_nothing_to_evaluate_is_an_error_with_counts():
 
 
 def test_an_unreadable_image_is_an_error_that_names_the_row(real):
-    rows = make_rows({"row_id": "film7", "present": ["edema"], "image": {"path": None, "bytes": b"no picture"}})
+    rows = make_rows({"row_id": "film7", "present": ["edema"], "image": b"no picture"})
     with pytest.raises(ValueError, match="Row 'film7'"):
         evaluate_zero_shot(*real, rows)

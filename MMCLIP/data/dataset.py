@@ -64,8 +64,7 @@ class MMCLIPDataset(torch.utils.data.Dataset):
         self.unpaired_texts = unpaired_texts
         self.paired_labels = paired_labels
         self.max_negatives = max_negatives
-        if "masks" in rows.column_names:
-            rows = rows.remove_columns("masks")
+        rows = rows.remove_columns([name for name in ("masks", "boxes") if name in rows.column_names])
         self.rows = find_entities(rows, self.recognizer)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared, so that live workers see it change
 

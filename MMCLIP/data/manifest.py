@@ -8,13 +8,20 @@ A manifest is a `datasets.Dataset` with the columns of `FEATURES`:
 | `image` | `{"path": str or None, "bytes": bytes or None}`, not decoded; None for a text-only row |
 | `report` | text, or None for an unpaired row; never empty |
 | `present`, `absent`, `uncertain` | canonical labels (`MMCLIP.text.vocabulary`); one in none of them is unknown |
-| `patient_id`, `view`, `split`, `source` | strings, "" where unknown |
+| `patient_id`, `study_id`, `view`, `split`, `source` | strings, "" where unknown |
 | `masks` | lesion masks as `{"finding", "side", "png"}`, `png` holding a one-channel PNG; [] where none |
+| `boxes` | lesions as `{"finding", "x", "y", "width", "height"}`, pixels of `image`, (x, y) upper left; [] where none |
+
+`view` is "PA", "AP", "LATERAL" or "OTHER" in the readers of public sets; a table of one's own may say what it likes.
+`split` is "train", "val", "test" or "".
 """
 
+import itertools
 import os
+from collections.abc import Iterable, Sequence
 
 import datasets
+import pyarrow as pa
 
 from ..text.vocabulary import canonical_label
 
@@ -28,6 +35,7 @@ FEATURES = datasets.Features(
         "absent": datasets.List(datasets.Value("string")),
         "uncertain": datasets.List(datasets.Value("string")),
         "patient_id": datasets.Value("string"),
+        "study_id": datasets.Value("string"),
         "view": datasets.Value("string"),
         "split": datasets.Value("string"),
         "source": datasets.Value("string"),
@@ -38,8 +46,67 @@ FEATURES = datasets.Features(
                 "png": datasets.Value("binary"),
             }
         ),
+        "boxes": datasets.List(
+            {
+                "finding": datasets.Value("string"),
+                "x": datasets.Value("float32"),
+                "y": datasets.Value("float32"),
+                "width": datasets.Value("float32"),
+                "height": datasets.Value("float32"),
+            }
+        ),
     }
 )
+# a dataset made elsewhere may lack these
+OPTIONAL = ("study_id", "masks", "boxes")
+
+
+def make_row(
+    row_id: str,
+    image: str | os.PathLike | bytes | None,
+    *,
+    source: str,
+    report: str | None = None,
+    present: Sequence[str] = (),
+    absent: Sequence[str] = (),
+    uncertain: Sequence[str] = (),
+    patient_id: str = "",
+    study_id: str = "",
+    view: str = "",
+    split: str = "",
+    masks: Sequence[dict] = (),
+    boxes: Sequence[dict] = (),
+) -> dict:
+    """One manifest row; `image` is a path or encoded bytes, labels are canonical. Nothing is checked here."""
+    if isinstance(image, bytes):
+        image = {"path": None, "bytes": image}
+    elif image is not None:
+        image = {"path": os.fspath(image), "bytes": None}
+    return {
+        "row_id": row_id,
+        "image": image,
+        "report": report,
+        "present": list(present),
+        "absent": list(absent),
+        "uncertain": list(uncertain),
+        "patient_id": patient_id,
+        "study_id": study_id,
+        "view": view,
+        "split": split,
+        "source": source,
+        "masks": list(masks),
+        "boxes": list(boxes),
+    }
+
+
+def rows_to_dataset(rows: Iterable[dict], chunk_size: int = 10_000) -> datasets.Dataset:
+    """Rows of `make_row` as a dataset with `FEATURES`; only one chunk of them is held as Python objects."""
+    rows, tables = iter(rows), []
+    while chunk := list(itertools.islice(rows, chunk_size)):
+        tables.append(pa.Table.from_pylist(chunk, schema=FEATURES.arrow_schema))
+    if not tables:
+        return datasets.Dataset.from_list([], features=FEATURES)
+    return datasets.Dataset(pa.concat_tables(tables))
 
 
 def check_rows(*rows: datasets.Dataset, where: str = "") -> None:
@@ -55,14 +122,14 @@ def check_rows(*rows: datasets.Dataset, where: str = "") -> None:
     seen_labels: set[str] = set()
     split_of: dict[tuple[str, str], tuple[str, str]] = {}
     for dataset in rows:
-        missing = [name for name in FEATURES if name not in dataset.column_names and name != "masks"]
+        missing = [name for name in FEATURES if name not in dataset.column_names and name not in OPTIONAL]
         if missing:
             raise ValueError(
                 f"{prefix}a manifest lacks the columns {missing}, it has {dataset.column_names}. "
                 "Read it with MMCLIP.data.readers, or build it with `features=FEATURES`."
             )
         # Arrow batches: neither image bytes nor masks become Python objects
-        columns = dataset.select_columns([name for name in FEATURES if name != "masks"]).with_format("arrow")
+        columns = dataset.select_columns([name for name in FEATURES if name not in OPTIONAL]).with_format("arrow")
         for table in columns.iter(batch_size=1000):
             images = table["image"].combine_chunks()
             has_image = images.is_valid().to_pylist()

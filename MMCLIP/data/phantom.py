@@ -1201,6 +1201,7 @@ def _rows(chunks: list[tuple[int, int]], size: int, seed: int, split: str, num_p
                 "absent": phantom.absent,
                 "uncertain": [],
                 "patient_id": name,
+                "study_id": "",
                 "view": "PA",
                 "split": split,
                 "source": "phantom",
@@ -1208,6 +1209,7 @@ def _rows(chunks: list[tuple[int, int]], size: int, seed: int, split: str, num_p
                     {"finding": finding, "side": side, "png": _png(mask)}
                     for (finding, side), mask in phantom.masks.items()
                 ],
+                "boxes": [],
             }
 
 

@@ -1,4 +1,4 @@
-"""One function per kind of data set on disk: its files -> manifest rows."""
+"""A table of one's own (CSV, TSV, JSON lines, Parquet) -> manifest rows."""
 
 import csv
 import json
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import datasets
 
-from ..text.reports import clean_report
-from ..text.vocabulary import canonical_label, with_broader_labels
-from .manifest import FEATURES
+from ...text.reports import clean_report
+from ...text.vocabulary import canonical_label, with_broader_labels
+from ..manifest import FEATURES
 
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ COLUMN_NAMES = {
     "absent": ("absent_labels",),
     "uncertain": ("uncertain_labels",),
     "patient_id": ("patient_id",),
+    "study_id": ("study_id",),
     "view": ("view",),
     "split": ("split",),
     "source": ("source",),
@@ -41,8 +42,8 @@ def read_csv_manifest(
     """Read a table of images, reports and labels into manifest rows, in the order of the table.
 
     Columns by name, others are ignored: `file` (or `image`, `path`; relative to the folder of the table), `text` (or
-    `report`), `labels`, `absent_labels`, `uncertain_labels` (each `;`-separated), `patient_id`, `view`, `split`,
-    `source`, `row_id`. Needed are an image or a text column, and a text or a `labels` column. An empty text makes an
+    `report`), `labels`, `absent_labels`, `uncertain_labels` (each `;`-separated), `patient_id`, `study_id`, `view`,
+    `split`, `source`, `row_id`. Needed are an image or a text column, and a text or a `labels` column. An empty text makes an
     unpaired row, an empty file a text-only row; an empty `labels` means unknown, not normal.
 
     Args:
@@ -180,10 +181,12 @@ def _row(path: Path, line: int, record: dict, names: dict[str, str]) -> dict:
         "report": report or None,
         **labels,
         "patient_id": value("patient_id"),
+        "study_id": value("study_id"),
         "view": value("view"),
         "split": value("split"),
         "source": value("source"),
         "masks": [],
+        "boxes": [],
     }
 
 

@@ -54,8 +54,9 @@ class MMCLIPConfig(PretrainedConfig):
     projection_dim (`int`, *optional*, defaults to 512):
         Size of the shared image-text space.
     image_pooling, text_pooling (`str`, *optional*, defaults to `"mean"`):
-        What is projected: `"mean"` of the patch (text) tokens, or the first token (`"cls"`). Under mean pooling the
-        projected patches lie in the same space as the texts, which is what text-to-patch attention rests on.
+        What is projected: `"mean"` of the patch (text) tokens, or the first token (`"cls"`); of images also `"max"`, a
+        soft maximum over the patches, which lets a small lesion count as much as a large one. Under mean and
+        max pooling the projected patches lie in the same space as the texts, which is what text-to-patch attention rests on.
     logit_scale_init_value (`float`, *optional*, defaults to 2.6592):
         Initial log of the inverse temperature, ln(1 / 0.07) as in CLIP. Clamped at ln(100) in the forward.
     decoder_hidden_size, decoder_num_layers, decoder_num_heads (`int`, *optional*, defaults to 384, 2 and 6):
@@ -114,7 +115,7 @@ class MMCLIPConfig(PretrainedConfig):
     def validate_choices(self):
         choices = {
             "vision_stem": ("patch", "convolution"),
-            "image_pooling": ("mean", "cls"),
+            "image_pooling": ("mean", "max", "cls"),
             "text_pooling": ("mean", "cls"),
             "mim_masking": ("attention", "random"),
         }

@@ -1,18 +1,22 @@
 """Any chest X-ray -> `pixel_values`: one channel, padded to a square so that no part of the chest is lost, normalised.
 
-`load_grayscale` is the one place where a picture is read; training, inference and heat maps all go through it. Nothing
-here needs torchvision.
+`load_grayscale` is the one place where a picture is read; training, inference and heat maps all go through it.
+`load_shrunk` is the same for smaller copies. Nothing here needs torchvision, and only DICOM needs pydicom.
 """
 
 import io
 import math
 import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, BinaryIO, TypedDict
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops, UnidentifiedImageError
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import PILImageResampling
@@ -21,13 +25,36 @@ from transformers.image_utils import PILImageResampling
 # what a saved configuration adds beside the options below
 BOOKKEEPING_KEYS = {"auto_map", "image_processor_type", "processor_class"}
 GRAY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as PIL's conversion to mode "L"
+# A file that announces more pixels is refused before it is decoded: two small bytes in a header can ask for gigabytes.
+# The largest films are digitised at about 7000 x 8600. Set it on this module to read larger ones.
+MAX_PIXELS = 2**26
+HEAD_SIZE = 1024  # bytes that tell what a file is
+ORIENTATION_TAG = 0x0112
+UPRIGHT_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# permissive licences only; pydicom finds them by itself
+DICOM_PACKAGES = "'pydicom>=3' python-gdcm pylibjpeg pylibjpeg-openjpeg pyjpegls"
+DEFLATED_SYNTAX = b"1.2.840.10008.1.2.1.99"
+MAX_PIXEL_ASPECT = 10.0
 
 
 def load_grayscale(image: Any, where: str = "") -> Image.Image:
-    """Reads one picture as PIL mode "L" (8 bit, 0 black): file path, encoded bytes, PIL image, numpy array or tensor.
+    """Reads one picture as PIL mode "L" (8 bit, 0 black): path, encoded bytes, PIL image, array, tensor or DICOM.
 
-    - Files and encoded bytes: whatever Pillow decodes, first frame, turned upright by its EXIF tag. A dict with `bytes`
-      or `path`, as `datasets.Image(decode=False)` yields, is read too.
+    - Files and encoded bytes: whatever Pillow decodes (not EPS, which is a program), first frame or page, turned
+      upright by its EXIF tag. The content decides, not the name. A dict with `bytes` or `path`, as
+      `datasets.Image(decode=False)` yields, is read too. No more than `MAX_PIXELS` pixels.
+    - DICOM: path, bytes or `pydicom.Dataset` of one frame. Stored values go through the modality LUT (or rescale
+      slope and intercept), then the first item of the VOI LUT sequence, else the first window; MONOCHROME1 is then
+      inverted. The full range that a window or VOI LUT can give becomes 0 to 255; without either, the rule of grey
+      levels below holds. Pixels that are not square are resampled to squares, along the side where they are longer.
     - PIL images of any mode. Transparent pixels lie over black. Colours become luma (ITU-R 601).
     - Arrays and tensors: (height, width), (height, width, channels) or (channels, height, width) with 1 (grey),
       2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels. Where both ends could be channels, tensors are channels-first and
@@ -37,102 +64,222 @@ def load_grayscale(image: Any, where: str = "") -> Image.Image:
       [0, 1] are times 255, floats in [0, 255] stay, other ranges are stretched. A constant image outside becomes black.
 
     `where` names the picture in error messages (a path names itself). Raises `ValueError` for a missing or unreadable
-    file, zero area, NaN or infinity, and shapes or types that are no picture.
+    file, zero area, too many pixels, NaN or infinity, and shapes or types that are no picture; `ImportError` for
+    DICOM without pydicom.
     """
-    image = _read(image, where)
-    if image.mode == "F":
-        image = Image.fromarray(np.rint(np.asarray(image)).astype(np.uint8))
-    return image
+    return _to_eight_bit(_read(image, where)[0])
 
 
-def _read(image: Any, where: str = "") -> Image.Image:
-    """`load_grayscale` without its rounding: mode "L", or mode "F" within [0, 255] for sources deeper than 8 bit."""
-    if isinstance(image, dict):
-        if image.get("bytes") is None and image.get("path") is None:
-            raise ValueError(f"{_at(where)}expected a dict with `bytes` or `path`, got the keys {sorted(image)}.")
-        where = where or str(image.get("path") or "")
-        image = image["bytes"] if image.get("bytes") is not None else image["path"]
-    if isinstance(image, (str, os.PathLike)):
-        where = f"{where}: {image}" if where and str(image) not in where else str(image)
-        image = _decode(Path(image), where)
-    elif isinstance(image, (bytes, bytearray, memoryview)):
-        image = _decode(io.BytesIO(image), where)
-    if isinstance(image, Image.Image):
-        return _gray_from_pil(image, where)
-    if isinstance(image, torch.Tensor):
-        image = image.detach().cpu()
-        array = (image.float() if image.is_floating_point() else image).numpy()
-        return _gray_from_array(array, where, channels_first=True)
-    if isinstance(image, np.ndarray):
-        return _gray_from_array(image, where, channels_first=False)
-    raise ValueError(
-        f"{_at(where)}expected a path, bytes, PIL image, numpy array or torch tensor, got {type(image).__name__}."
-    )
+def load_shrunk(image: Any, shorter_side: int, where: str = "") -> tuple[Image.Image, tuple[int, int]]:
+    """`load_grayscale` with the shorter side at `shorter_side` pixels: mode "L", and (width, height) before.
+
+    The aspect ratio is kept and nothing is enlarged. (width, height) is that of the picture upright and with square
+    pixels. JPEG files are decoded at 1/2, 1/4 or 1/8 where that leaves twice the pixels wanted: some times as fast,
+    and within about a grey level of shrinking the whole picture. Values are rounded to 8 bit at the end only.
+    """
+    if isinstance(shorter_side, bool) or not isinstance(shorter_side, (int, np.integer)) or shorter_side < 1:
+        raise ValueError(f"`shorter_side` must be a positive number of pixels, got {shorter_side!r}.")
+    picture, size = _read(image, where, int(shorter_side))
+    target = _shrunk_size(picture.size, shorter_side)
+    return _to_eight_bit(_resize(picture, target, Image.Resampling.BICUBIC)), size
 
 
-def _at(where: str) -> str:
-    return f"{where}: " if where else ""
+def _to_eight_bit(picture: Image.Image) -> Image.Image:
+    if picture.mode == "F":
+        return Image.fromarray(np.rint(np.asarray(picture)).astype(np.uint8))
+    return picture
 
 
-def _decode(source: Path | io.BytesIO, where: str) -> Image.Image:
-    """Opens and fully decodes a file, so that a truncated one is found here and the file handle is closed."""
-    if isinstance(source, Path) and not source.is_file():
-        raise ValueError(f"{where}: there is no such image file; check the path (URLs must be downloaded first).")
+def _shrunk_size(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
+    factor = min(shorter_side / min(size), 1.0)
+    return max(round(size[0] * factor), 1), max(round(size[1] * factor), 1)
+
+
+def _resize(picture: Image.Image, size: tuple[int, int], resample: int, box: tuple | None = None) -> Image.Image:
+    """`picture` (mode "L" or "F"), or its part in `box`, at `size` (width, height), within [0, 255]."""
+    if picture.size == size:
+        return picture
+    picture = picture.resize(size, resample, box=box, reducing_gap=3.0)
+    if picture.mode == "F":  # bicubic overshoots at edges; mode "L" is clipped by PIL
+        picture = Image.fromarray(np.clip(np.asarray(picture), 0, 255))
+    return picture
+
+
+def _read(image: Any, where: str = "", shorter_side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """The picture, and (width, height) of the original: `load_grayscale` without its rounding.
+
+    Mode "L", or mode "F" within [0, 255] for sources deeper than 8 bit. With `shorter_side`, files that are cheap to
+    decode small come at the size of `load_shrunk`; others come whole.
+    """
     try:
-        with Image.open(source) as image:
-            image.load()
-            return image
-    except Exception as error:  # damaged files make decoders raise nearly anything
-        raise ValueError(
-            f"{_at(where)}expected an image file that Pillow {Image.__version__} can decode, but {error}. "
-            "Replace the file, or convert it to PNG."
-        ) from error
+        if isinstance(image, dict):
+            if image.get("bytes") is None and image.get("path") is None:
+                raise ValueError(f"expected a dict with `bytes` or `path`, got the keys {sorted(map(str, image))}.")
+            where = where or str(image.get("path") or "")
+            image = image["bytes"] if image.get("bytes") is not None else image["path"]
+        if isinstance(image, (str, os.PathLike)):
+            where = f"{where}: {image}" if where and str(image) not in where else str(image)
+            with _open_file(Path(image)) as file:
+                return _decode(file, shorter_side)
+        if isinstance(image, (bytes, bytearray, memoryview)):
+            return _decode(io.BytesIO(image), shorter_side)
+        if isinstance(image, Image.Image):
+            picture = _gray_from_pil(image)
+        elif isinstance(image, torch.Tensor):
+            image = image.detach().cpu()
+            array = (image.float() if image.is_floating_point() else image).numpy()
+            picture = _gray_from_array(array, channels_first=True)
+        elif isinstance(image, np.ndarray):
+            picture = _gray_from_array(image, channels_first=False)
+        elif _is_dicom_dataset(image):
+            picture = _gray_from_dicom(image)
+        else:
+            raise ValueError(
+                "expected a path, bytes, PIL image, numpy array, torch tensor or pydicom Dataset, "
+                f"got {type(image).__name__}."
+            )
+    except (ValueError, ImportError) as error:
+        kind = ImportError if isinstance(error, ImportError) else ValueError
+        raise kind(f"{where}: {error}" if where else str(error)) from error.__cause__
+    return picture, picture.size
 
 
-def _gray_from_pil(image: Image.Image, where: str) -> Image.Image:
+class _Refused(ValueError):
+    """What this file found wrong itself, so that the message already says what to do."""
+
+
+@contextmanager
+def _explained(expected: str) -> Iterator[None]:
+    """Damaged files make decoders raise nearly anything: here it becomes a `ValueError`."""
+    try:
+        yield
+    except (_Refused, ImportError):
+        raise
+    except Exception as error:
+        told = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise ValueError(f"expected {expected}, but {told}. Replace the file, or convert it to PNG.") from error
+
+
+def _open_file(path: Path) -> BinaryIO:
+    try:
+        if path.is_file():
+            return path.open("rb")
+    except OSError as error:
+        raise ValueError(f"expected a file that can be opened, but {error.strerror}.") from error
+    raise ValueError("there is no such image file; check the path (URLs must be downloaded first).")
+
+
+def _decode(file: BinaryIO, shorter_side: int | None) -> tuple[Image.Image, tuple[int, int]]:
+    """Decodes the whole file, so that a truncated one is found here and the file may be closed. Returns as `_read`."""
+    with _explained("a file that can be read"):
+        head = file.read(HEAD_SIZE)
+        file.seek(0)
+    if _looks_like_dicom(head):
+        picture = _gray_from_dicom(_parse_dicom(file, head))
+        return picture, picture.size
+    with _explained(f"an image file that Pillow {Image.__version__} can decode"):
+        try:
+            image = Image.open(file)
+        except Image.DecompressionBombError as error:
+            raise _Refused(f"expected at most {MAX_PIXELS} pixels, but {error}.") from error
+        except UnidentifiedImageError as error:
+            raise _Refused(f"expected an image file, but {_content(head)}. Replace the file.") from error
+        with image:
+            _check_area(*image.size)
+            if image.format == "EPS":  # Pillow would run Ghostscript on it
+                raise _Refused("expected an image file, got EPS, which is a program. Convert it to PNG.")
+            small = _decode_small(image, shorter_side) if shorter_side else None
+            if small is not None:
+                return small
+            picture = _gray_from_pil(image)
+    return picture, picture.size
+
+
+def _decode_small(image: Image.Image, shorter_side: int) -> tuple[Image.Image, tuple[int, int]] | None:
+    """A grey or colour JPEG at the size of `load_shrunk`, and its own size; None for what must be decoded whole."""
+    size = image.size
+    target = _shrunk_size(size, shorter_side)
+    wanted = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and target != size
+    if not wanted or image.getexif().get(ORIENTATION_TAG, 1) in UPRIGHT_TURNS:
+        return None
+    drafted = image.draft("L", (2 * target[0], 2 * target[1]))
+    image.load()
+    return _resize(image, target, Image.Resampling.BICUBIC, box=drafted[1] if drafted else None), size
+
+
+def _content(head: bytes) -> str:
+    """What a file that is no image is, from its first bytes and without quoting them."""
+    if not head:
+        return "the file is empty"
+    if not head.strip(b"\0"):
+        return "the file begins with zero bytes only"
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "the file is a web page or XML (a download that failed?)"
+    return f"its content is in no format that Pillow {Image.__version__} knows, and not DICOM"
+
+
+def _check_area(width: int, height: int) -> None:
+    if width <= 0 or height <= 0:
+        raise _Refused(f"expected an image with some area, got {width} x {height} pixels.")
+    if width * height > MAX_PIXELS:
+        raise _Refused(
+            f"expected at most {MAX_PIXELS} pixels, got {width} x {height}. If the size is true, shrink the file or "
+            f"set MAX_PIXELS of the module {__name__.rpartition('.')[2]}."
+        )
+
+
+def _gray_from_pil(image: Image.Image) -> Image.Image:
     if image.width == 0 or image.height == 0:
-        raise ValueError(f"{_at(where)}expected an image with some area, got {image.width} x {image.height} pixels.")
+        raise _Refused(f"expected an image with some area, got {image.width} x {image.height} pixels.")
     if image.mode == "L" and image.format is None and "transparency" not in image.info:
         return image  # the way of training: already grey, already in memory
-    try:
-        if image.format is not None:
-            image = ImageOps.exif_transpose(image)
-        if image.mode in ("I", "F") or image.mode.startswith("I;"):
-            return _gray_from_array(np.asarray(image), where, channels_first=False)
-        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-        if image.mode == "LAB":
-            image = image.getchannel("L")
-        elif image.mode not in ("1", "L", "LA", "RGB", "YCbCr"):
-            image = image.convert("RGBA" if alpha is not None else "RGB").convert("RGB")
-        image = image.convert("L")
-    except (OSError, SyntaxError) as error:  # PIL decodes lazily: an opened image can still be truncated
-        raise ValueError(f"{_at(where)}expected a complete image, but {error}. Replace the file.") from error
+    with _explained("a complete image"):
+        image.load()  # PIL decodes lazily, and some formats turn the image while they do
+        orientation = image.getexif().get(ORIENTATION_TAG, 1) if image.format is not None else 1
+        deep = np.asarray(image) if image.mode in ("I", "F") or image.mode.startswith("I;") else None
+        gray = _luma(image) if deep is None else None
+    if deep is not None:
+        gray = _gray_from_array(deep, channels_first=False)
+    return gray.transpose(UPRIGHT_TURNS[orientation]) if orientation in UPRIGHT_TURNS else gray
+
+
+def _luma(image: Image.Image) -> Image.Image:
+    """Mode "L" of an image of 8 bit or less per channel, over black."""
+    if image.mode == "L" and not image.has_transparency_data:
+        return image
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if image.mode == "LAB":
+        image = image.getchannel("L")
+    elif image.mode not in ("1", "L", "LA", "RGB", "YCbCr"):
+        image = image.convert("RGBA" if alpha is not None else "RGB").convert("RGB")
+    image = image.convert("L")
     if alpha is not None and alpha.getextrema() != (255, 255):
         image = ImageChops.multiply(image, alpha)
     return image
 
 
-def _gray_from_array(array: np.ndarray, where: str, channels_first: bool) -> Image.Image:
+def _gray_from_array(array: np.ndarray, channels_first: bool) -> Image.Image:
     shape = array.shape
     if array.ndim == 3:
         candidates = [axis for axis in ((0, 2) if channels_first else (2, 0)) if 1 <= shape[axis] <= 4]
         if not candidates:
-            raise ValueError(
-                f"{_at(where)}expected (height, width), or 1 to 4 channels first or last, got shape {shape}. "
+            raise _Refused(
+                f"expected (height, width), or 1 to 4 channels first or last, got shape {shape}. "
                 "A stack of grey images must be a list, or (batch, 1, height, width)."
             )
         array = np.moveaxis(array, candidates[0], -1)
     elif array.ndim == 2:
         array = array[..., None]
     else:
-        raise ValueError(f"{_at(where)}expected an image of 2 or 3 dimensions, got shape {shape}.")
+        raise _Refused(f"expected an image of 2 or 3 dimensions, got shape {shape}.")
     if array.size == 0:
-        raise ValueError(f"{_at(where)}expected an image with some area, got shape {shape}.")
+        raise _Refused(f"expected an image with some area, got shape {shape}.")
     if array.dtype.kind not in "buif":
-        raise ValueError(f"{_at(where)}expected boolean, integer or real pixels, got the type {array.dtype}.")
+        raise _Refused(f"expected boolean, integer or real pixels, got the type {array.dtype}.")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         count = int(array.size - np.isfinite(array).sum())
-        raise ValueError(f"{_at(where)}expected finite pixels, got {count} NaN or infinite of {array.size}.")
+        raise _Refused(f"expected finite pixels, got {count} NaN or infinite of {array.size}.")
 
     if array.dtype == np.uint8 and array.shape[-1] == 1:
         return Image.fromarray(np.ascontiguousarray(array[..., 0]))
@@ -140,7 +287,7 @@ def _gray_from_array(array: np.ndarray, where: str, channels_first: bool) -> Ima
     gray = _to_byte_range(array[..., :num_colors])
     gray = gray[..., 0] if num_colors == 1 else gray @ GRAY_WEIGHTS
     if array.shape[-1] in (2, 4):
-        gray = gray * _alpha_fraction(array[..., -1], where)
+        gray = gray * _alpha_fraction(array[..., -1])
     if array.dtype == np.uint8:
         return Image.fromarray(np.rint(gray).astype(np.uint8))
     return Image.fromarray(np.clip(gray, 0, 255).astype(np.float32))
@@ -162,13 +309,277 @@ def _to_byte_range(array: np.ndarray) -> np.ndarray:
     return ((array.astype(np.float64) / 2 - low / 2) * (255 / span if span > 0 else 0.0)).astype(np.float32)
 
 
-def _alpha_fraction(alpha: np.ndarray, where: str) -> np.ndarray:
+def _alpha_fraction(alpha: np.ndarray) -> np.ndarray:
     """Opacity in [0, 1]: integers by the range of their type, floats as they are."""
     if alpha.dtype.kind in "ui":
         return alpha.astype(np.float32) / np.iinfo(alpha.dtype).max
     if alpha.min() < 0 or alpha.max() > 1:
-        raise ValueError(f"{_at(where)}expected alpha in [0, 1], got {alpha.min():g} to {alpha.max():g}.")
+        raise _Refused(f"expected alpha in [0, 1], got {alpha.min():g} to {alpha.max():g}.")
     return alpha.astype(np.float32)
+
+
+# --------------------------------------------------------------------------------------------------------------- DICOM
+
+
+def _looks_like_dicom(head: bytes) -> bool:
+    """The magic word behind the preamble; or, without a preamble, a first element such as DICOM files begin with."""
+    if head[128:132] == b"DICM":
+        return True
+    for order in ("little", "big"):
+        group, element = (int.from_bytes(head[at : at + 2], order) for at in (0, 2))
+        if group in (0x0002, 0x0008) and element < 0x0100 and head[4:6] in (b"UL", b"CS", b"UI", b"OB", b"DA", b"SH"):
+            return True
+    # without a type: group length, character set, image type, class or instance, of a plausible length
+    element, length = int.from_bytes(head[2:4], "little"), int.from_bytes(head[4:8], "little")
+    known = head[:2] == b"\x08\x00" and element in (0x0000, 0x0001, 0x0005, 0x0008, 0x0016, 0x0018)
+    return known and length in range(2, 256, 2)
+
+
+def _is_dicom_dataset(image: Any) -> bool:
+    pydicom = sys.modules.get("pydicom")  # whoever holds a Dataset has imported it
+    return pydicom is not None and isinstance(image, pydicom.Dataset)
+
+
+def _pydicom() -> Any:
+    try:
+        import pydicom
+        import pydicom.pixels  # since version 3
+
+        return pydicom
+    except ImportError as error:
+        raise ImportError(f"this is DICOM, which needs pydicom 3: pip install {DICOM_PACKAGES}") from error
+
+
+def _parse_dicom(file: BinaryIO, head: bytes) -> Any:
+    """The `pydicom.Dataset` of an opened file."""
+    pydicom = _pydicom()
+    with _explained("a whole DICOM file"):
+        if DEFLATED_SYNTAX in head:
+            _check_inflated(file, 144 + int.from_bytes(head[140:144], "little"))
+        dataset = pydicom.dcmread(file, force=True)
+        if "TransferSyntaxUID" not in dataset.file_meta:  # no header: the encoding is what pydicom found
+            implicit, little = dataset.original_encoding
+            syntax = "ImplicitVRLittleEndian" if implicit else f"ExplicitVR{'Little' if little else 'Big'}Endian"
+            dataset.file_meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
+    return dataset
+
+
+def _check_inflated(file: BinaryIO, start: int) -> None:
+    """Pydicom inflates deflated DICOM at once, and 1 MB can become 1 GB: refuses more than the largest image needs."""
+    limit, inflated = 4 * MAX_PIXELS, 0
+    file.seek(start)
+    stream = zlib.decompressobj(-zlib.MAX_WBITS)
+    while chunk := stream.unconsumed_tail or file.read(2**16):
+        inflated += len(stream.decompress(chunk, 2**20))
+        if inflated > limit:
+            raise _Refused(f"expected a DICOM image, but its content inflates to more than {limit} bytes.")
+    file.seek(0)
+
+
+def _gray_from_dicom(dataset: Any) -> Image.Image:
+    """Modality LUT, VOI LUT or window, inversion, [0, 255], square pixels, in this order; see `load_grayscale`."""
+    with _explained("a DICOM image"):
+        pixels = _dicom_pixels(dataset)
+        values, has_range = (pixels, False) if pixels.ndim == 3 else _presented(pixels, dataset)
+        if has_range:
+            gray = Image.fromarray(values * np.float32(255))
+        else:
+            gray = _gray_from_array(values, channels_first=False)
+        if dataset.PhotometricInterpretation == "MONOCHROME1":
+            gray = Image.fromarray(255 - np.asarray(gray))
+        return _with_square_pixels(gray, dataset)
+
+
+def _dicom_pixels(dataset: Any) -> np.ndarray:
+    """The stored values (height, width), or colours as RGB (height, width, 3)."""
+    from_pydicom = _pydicom().pixels
+    if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+        kind = dataset.get("SOPClassUID") or "unknown kind"
+        raise _Refused(
+            f"expected a DICOM image, got an object without pixel data ({getattr(kind, 'name', kind)}). Leave it out."
+        )
+    rows, columns = int(dataset.Rows), int(dataset.Columns)
+    _check_area(columns, rows)
+    if int(dataset.get("NumberOfFrames") or 1) > 1:
+        raise _Refused(
+            f"expected a DICOM image of one frame, got {dataset.NumberOfFrames}. Choose one, `pixel_array[index]`, "
+            "and pass it as an array or save it as a file of its own."
+        )
+    syntax = dataset.file_meta.TransferSyntaxUID
+    plugin = ""
+    if syntax.is_encapsulated:
+        plugin = _decoder_plugin(syntax, int(dataset.BitsStored))
+        _check_frame(dataset, (columns, rows))
+    pixels = from_pydicom.pixel_array(dataset, decoding_plugin=plugin)
+    if dataset.PhotometricInterpretation == "PALETTE COLOR":
+        pixels = from_pydicom.apply_color_lut(pixels, dataset)
+    return pixels != 0 if dataset.BitsAllocated == 1 else pixels
+
+
+def _decoder_plugin(syntax: Any, bits_stored: int) -> str:
+    """The decoder of pydicom to use for compressed pixels. gdcm ends the process on some damaged files, so it is last.
+
+    Only one is tried: where a careful decoder refuses the pixels, no other shall guess.
+    """
+    try:
+        available = _pydicom().pixels.get_decoder(syntax).available_plugins
+    except NotImplementedError as error:
+        raise _Refused(f"expected a DICOM image, got the transfer syntax {syntax.name}. Convert it to PNG.") from error
+    packages = DICOM_PACKAGES
+    if syntax == "1.2.840.10008.1.2.4.51" and bits_stored > 8:
+        available = [name for name in available if name not in ("gdcm", "pillow")]  # they know the 8-bit kind only
+        packages = "pylibjpeg pylibjpeg-libjpeg (under the GPL)"
+    order = ("pyjpegls", "pylibjpeg", "pillow", "pydicom", "gdcm")
+    if not available:
+        raise _Refused(
+            f"expected a decoder for the DICOM transfer syntax {syntax.name} with {bits_stored} bits, but none is "
+            f"installed: pip install {packages}"
+        )
+    return min(available, key=lambda name: order.index(name) if name in order else len(order))
+
+
+def _check_frame(dataset: Any, size: tuple[int, int]) -> None:
+    """Refuses compressed pixels that are not what the DICOM header says: decoders trust them, some to the death."""
+    if dataset.file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.5":
+        return  # RLE has no header of its own
+    frame = _pydicom().encaps.get_frame(dataset.PixelData, 0, number_of_frames=1)
+    expected = (*size, int(dataset.SamplesPerPixel))
+    headers = list(_frame_headers(frame))
+    if not headers:
+        raise _Refused("expected compressed pixels with a JPEG header, got none. Replace the file.")
+    for width, height, samples, bits in headers:
+        if (width, height, samples) != expected or bits > dataset.BitsAllocated:
+            raise _Refused(
+                "expected compressed pixels of {} x {} with {} samples".format(*expected)
+                + f" of up to {dataset.BitsAllocated} bits, got {width} x {height} with {samples} of {bits} bits. "
+                "Replace the file."
+            )
+
+
+def _frame_headers(frame: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """(width, height, samples, bits per sample) of each header in the JPEG, JPEG-LS or JPEG 2000 stream of an image."""
+
+    def number(at: int, length: int) -> int:
+        return int.from_bytes(frame[at : at + length], "big")
+
+    start = frame.find(b"\xff\x4f\xff\x51", 0, 2**16)  # JPEG 2000, bare or in a JP2 file
+    if start >= 0:
+        right, bottom, left, top = (number(start + at, 4) for at in (8, 12, 16, 20))
+        yield right - left, bottom - top, number(start + 40, 2), (frame[start + 42] & 0x7F) + 1
+        return
+    at = 2
+    while frame[:2] == b"\xff\xd8" and at + 22 <= len(frame):  # JPEG: markers with lengths
+        marker = frame[at + 1]
+        if marker == 0xE8 and frame[at + 4 : at + 10] == b"SPIFF\0":
+            yield number(at + 18, 4), number(at + 14, 4), frame[at + 13], frame[at + 23]
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) or marker == 0xF7:
+            yield number(at + 7, 2), number(at + 5, 2), frame[at + 9], frame[at + 4]
+        elif marker == 0xDA:  # the pixels
+            return
+        at += 1 if marker == 0xFF else 2 + number(at + 2, 2)
+
+
+def _presented(pixels: np.ndarray, dataset: Any) -> tuple[np.ndarray, bool]:
+    """Stored values through modality LUT and VOI LUT or window, and whether the latter gave them the range [0, 1]."""
+    modality, voi = _modality(dataset), _voi(dataset)
+    if modality is None and voi is None:
+        return pixels, False
+    few = pixels.dtype.kind in "ui" and pixels.dtype.itemsize <= 2
+    low = int(pixels.min()) if few else 0
+    # each possible value once, instead of each pixel
+    values = np.arange(low, int(pixels.max()) + 1, dtype=np.float64) if few else pixels.astype(np.float64)
+    if modality is not None:
+        values = modality(values)
+    if voi is not None:
+        values = voi(values).astype(np.float32)
+    return (values[pixels.astype(np.int32) - low] if few else values), voi is not None
+
+
+def _modality(dataset: Any) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Stored values -> values of the modality; None where they are the same."""
+    table = _table(dataset, "ModalityLUTSequence")
+    if table is not None:
+        return table[0]
+    slope, intercept = (_first_number(dataset, name) for name in ("RescaleSlope", "RescaleIntercept"))
+    slope, intercept = 1.0 if slope is None else slope, intercept or 0.0
+    if slope == 0:
+        raise _Refused("expected a RescaleSlope other than 0 in the DICOM file. Correct or delete it.")
+    return None if (slope, intercept) == (1, 0) else lambda values: values * slope + intercept
+
+
+def _voi(dataset: Any) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Values of the modality -> fractions of white in [0, 1], by VOI LUT or else window; None without either."""
+    table = _table(dataset, "VOILUTSequence")
+    if table is not None:
+        apply, low, high = table
+        return lambda values: (apply(values) - low) / max(high - low, 1)
+    center, width = (_first_number(dataset, name) for name in ("WindowCenter", "WindowWidth"))
+    if center is None or width is None:
+        return None
+    function = str(dataset.get("VOILUTFunction") or "LINEAR").upper()
+    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        raise _Refused(f"expected the VOILUTFunction LINEAR, LINEAR_EXACT or SIGMOID, got {function[:20]}.")
+    if width < 1 if function == "LINEAR" else width <= 0:
+        raise _Refused(f"expected a WindowWidth of 1 or more, got {width:g}. Correct or delete the DICOM window.")
+    if function == "SIGMOID":
+        return lambda values: 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700)))
+    if function == "LINEAR":  # by the standard it reaches from one pixel value to another, both included
+        center, width = center - 0.5, width - 1
+    if width == 0:
+        return lambda values: values > center
+    return lambda values: np.clip((values - center) / width + 0.5, 0, 1)
+
+
+def _first_number(dataset: Any, name: str) -> float | None:
+    value = dataset.get(name)
+    if value is None or np.size(value) == 0 or value == "":
+        return None
+    number = float(np.ravel(np.asarray(value, dtype=np.float64))[0])
+    if not math.isfinite(number):
+        raise _Refused(f"expected a finite {name} in the DICOM file, got {number}. Correct or delete it.")
+    return number
+
+
+def _table(dataset: Any, name: str) -> tuple[Callable[[np.ndarray], np.ndarray], float, float] | None:
+    """The first lookup table of a sequence, and its lowest and highest entry; None where there is none."""
+    item = dataset[name][0] if dataset.get(name) else {}
+    if item.get("LUTDescriptor") is None or item.get("LUTData") is None:
+        return None
+    count, first = int(item.LUTDescriptor[0]) or 2**16, int(item.LUTDescriptor[1])
+    data = item.LUTData  # bytes of 16-bit words, or the words
+    order = "<"
+    if isinstance(data, bytes):
+        order = ">" if dataset.file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.2" else "<"
+    else:
+        data = (np.ravel(data).astype(np.int64) & 0xFFFF).astype("<u2").tobytes()
+    if len(data) < count:
+        raise _Refused(f"expected {count} entries in the {name} of the DICOM file, got {len(data)} bytes.")
+    entries = np.frombuffer(data, order + "u2" if len(data) >= 2 * count else "u1", count).astype(np.float64)
+
+    def apply(values: np.ndarray) -> np.ndarray:
+        return entries[np.clip(np.rint(values - first), 0, count - 1).astype(np.int64)]
+
+    return apply, float(entries.min()), float(entries.max())
+
+
+def _with_square_pixels(picture: Image.Image, dataset: Any) -> Image.Image:
+    """`picture` resampled where pixels are taller than wide or the other way, along their longer side."""
+    for name in ("PixelAspectRatio", "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
+        value = dataset.get(name)
+        if value is None or np.size(value) == 0:
+            continue
+        tall, wide = (float(number) for number in value)  # of one pixel, vertical first
+        aspect = tall / wide if tall > 0 and wide > 0 else 0.0
+        if not 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT:
+            raise _Refused(f"expected a {name} of pixels nearly square, got {tall:g} x {wide:g}. Correct or delete it.")
+        width, height = picture.size
+        size = (width, round(height * aspect)) if aspect > 1 else (round(width / aspect), height)
+        _check_area(*size)
+        return _resize(picture, size, Image.Resampling.BICUBIC)
+    return picture
+
+
+# -------------------------------------------------------------------------------------------------------- the processor
 
 
 class MMCLIPImageProcessorKwargs(TypedDict, total=False):
@@ -261,7 +672,7 @@ class MMCLIPImageProcessor(PilBackend):
 
         pictures = []
         for index, image in enumerate(images):
-            picture = _read(image, f"image {index}" if len(images) > 1 else "")
+            picture = _read(image, f"image {index}" if len(images) > 1 else "")[0]
             if options["do_resize"]:
                 picture = _fit(picture, target, options["do_pad"], options["resample"])
             elif pictures and picture.size != pictures[0].size:
@@ -332,10 +743,7 @@ def _fit(picture: Image.Image, target: tuple[int, int], do_pad: bool, resample: 
     top, left, height, width = (0, 0, *target)
     if do_pad:
         top, left, height, width = _fitted_box((picture.height, picture.width), target)
-    if (picture.height, picture.width) != (height, width):
-        picture = picture.resize((width, height), resample, reducing_gap=3.0)
-    if picture.mode == "F":  # bicubic overshoots at edges; mode "L" is clipped by PIL
-        picture = Image.fromarray(np.clip(np.asarray(picture), 0, 255))
+    picture = _resize(picture, (width, height), resample)
     if (height, width) == target:
         return picture
     canvas = Image.new(picture.mode, (target[1], target[0]), 0)

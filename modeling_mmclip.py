@@ -103,14 +103,13 @@ def contrastive_loss(
 
 
 def prompt_loss(image_embeds: Tensor, prompt_embeds: Tensor, logit_scale: Tensor, prompt_labels: Tensor) -> Tensor:
-    """Binary cross-entropy of "there is X" against "there is no X" for each image and each known finding.
+    """"There is X" against "there is no X" for each image and each known finding, as [`finding_loss`].
 
     `image_embeds` (B, D) and `prompt_embeds` (F, 2, D; present, then absent) are L2-normalised; `prompt_labels` (B, F)
-    is 1 where the finding is present, 0 where it is absent and -100 where nothing is known. Returns a scalar: 0 when
-    nothing is known.
+    is 1 where the finding is present, 0 where it is absent and -100 where nothing is known. Returns a scalar.
     """
     logits = logit_scale * image_embeds @ (prompt_embeds[:, 0] - prompt_embeds[:, 1]).T  # (B, F)
-    return _known_cross_entropy(logits, prompt_labels)
+    return finding_loss(logits, prompt_labels)
 
 
 def local_prompt_loss(
@@ -123,14 +122,25 @@ def local_prompt_loss(
     """
     contrast = prompt_embeds[:, 0] - prompt_embeds[:, 1]  # (F, D)
     margins = logit_scale * torch.einsum("bnd,fd->bfn", patch_embeds, contrast)
-    return _known_cross_entropy(margins.logsumexp(dim=-1) - math.log(margins.shape[-1]), prompt_labels)
+    return finding_loss(margins.logsumexp(dim=-1) - math.log(margins.shape[-1]), prompt_labels)
 
 
-def _known_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean binary cross-entropy over the labels that are 0 or 1; 0 when there is none."""
-    known = labels >= 0
-    per_pair = F.binary_cross_entropy_with_logits(logits, labels.clamp(min=0).to(logits.dtype), reduction="none")
-    return (per_pair * known).sum() / known.sum().clamp(min=1)
+def finding_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """How far findings (B, F) are from being told apart, by rank and by sign; labels are 1, 0, or -100 (unknown).
+
+    The rank part is the mean of softplus(absent - present) over all pairs of images of which one has a finding and the
+    other lacks it. A mere base rate ("findings are mostly absent") does not lower it: with cross-entropy alone, that is
+    what the text tower learns first, and its prompts collapse into "no". The sign part is half the cross-entropy, with
+    present and absent of the same weight, and puts the border between the two at 0. Both go over the images of all
+    processes. Returns a scalar; a part for which nothing is known is 0.
+    """
+    logits, labels = gather_over_processes(logits), gather_over_processes(labels)
+    is_present, is_absent = labels == 1, labels == 0  # (B, F)
+    is_pair = is_present[:, None, :] & is_absent[None, :, :]  # (B, B, F)
+    rank = (F.softplus(logits[None, :, :] - logits[:, None, :]) * is_pair).sum() / is_pair.sum().clamp(min=1)
+    present = (F.softplus(-logits) * is_present).sum() / is_present.sum().clamp(min=1)
+    absent = (F.softplus(logits) * is_absent).sum() / is_absent.sum().clamp(min=1)
+    return rank + (present + absent) / 4
 
 
 def masked_patch_loss(mim_logits: Tensor, patch_targets: Tensor, bool_masked_pos: Tensor) -> Tensor:
@@ -506,8 +516,18 @@ class MMCLIPPreTrainedModel(PreTrainedModel):
         if hidden_states.dim() == 4:  # the cells of a feature map (B, H, h, w)
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         patch_tokens = hidden_states[:, -self.num_patches :]  # CLS and register tokens stand in front
-        pooled = patch_tokens.mean(dim=1) if self.config.image_pooling == "mean" else hidden_states[:, 0]
+        if self.config.image_pooling == "cls":
+            pooled = hidden_states[:, 0]
+        elif self.config.image_pooling == "max":
+            pooled = _soft_maximum(patch_tokens)
+        else:
+            pooled = patch_tokens.mean(dim=1)
         return pooled, patch_tokens, outputs
+
+
+def _soft_maximum(tokens: Tensor, sharpness: float = 4.0) -> Tensor:
+    """(B, N, H) -> (B, H): log(mean(exp(s x))) / s over the tokens, between their mean (s -> 0) and their maximum."""
+    return ((sharpness * tokens).logsumexp(dim=1) - math.log(tokens.shape[1])) / sharpness
 
 
 def _masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
@@ -548,7 +568,7 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
         return _masked_mean(text_tokens, attention_mask) if is_mean else text_tokens[:, 0], text_tokens, outputs
 
     def project_image(self, pooled: Tensor) -> Tensor:
-        """(..., H) -> (..., D), L2-normalised; takes pooled images and, under mean pooling, single patches."""
+        """(..., H) -> (..., D), L2-normalised; takes pooled images and, under mean or max pooling, single patches."""
         return F.normalize(self.visual_projection(pooled), dim=-1)
 
     def project_text(self, pooled: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from MMCLIP.modeling_mmclip import (
     MMCLIPForPreTraining,
     MMCLIPModel,
     contrastive_loss,
+    finding_loss,
     fold_patch_convolution,
     local_prompt_loss,
     masked_patch_loss,
@@ -71,10 +72,26 @@ def test_prompt_loss_counts_only_known_findings():
     image = torch.tensor([[1.0, 0.0]])
     prompts = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]])  # logits 1 and -1 at scale 1
     known_first = prompt_loss(image, prompts, ONE, torch.tensor([[1.0, -100.0]]))
-    assert known_first.item() == pytest.approx(math.log1p(math.exp(-1)))
+    assert known_first.item() == pytest.approx(math.log1p(math.exp(-1)) / 4)
     both = prompt_loss(image, prompts, ONE, torch.tensor([[1.0, 1.0]]))
-    assert both.item() == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(1))) / 2)
+    assert both.item() == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(1))) / 2 / 4)
     assert prompt_loss(image, prompts, ONE, torch.tensor([[-100.0, -100.0]])).item() == 0
+
+
+def test_finding_loss_is_a_rank_part_and_a_balanced_sign_part():
+    logits = torch.tensor([[2.0], [1.0], [-1.0], [5.0]])
+    labels = torch.tensor([[1.0], [0.0], [0.0], [-100.0]])
+    rank = (math.log1p(math.exp(1 - 2)) + math.log1p(math.exp(-1 - 2))) / 2
+    present = math.log1p(math.exp(-2))
+    absent = (math.log1p(math.exp(1)) + math.log1p(math.exp(-1))) / 2
+    assert finding_loss(logits, labels).item() == pytest.approx(rank + (present + absent) / 4, abs=1e-6)
+
+
+def test_the_rank_part_does_not_reward_a_base_rate():
+    labels = torch.tensor([[1.0], [0.0], [0.0], [0.0]])
+    logits = torch.zeros(4, 1, requires_grad=True)
+    finding_loss(logits, labels).backward()
+    assert logits.grad.sum().item() == pytest.approx(0.0, abs=1e-6)  # moving all of them together changes nothing
 
 
 def test_local_prompt_loss_takes_the_soft_maximum_over_the_patches():
@@ -82,7 +99,7 @@ def test_local_prompt_loss_takes_the_soft_maximum_over_the_patches():
     patches = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # margins 1 and -1
     logit = math.log((math.e + 1 / math.e) / 2)
     loss = local_prompt_loss(patches, prompts, ONE, torch.tensor([[1.0]]))
-    assert loss.item() == pytest.approx(math.log1p(math.exp(-logit)))
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-logit)) / 4)
     assert local_prompt_loss(patches, prompts, ONE, torch.tensor([[-100.0]])).item() == 0
 
 
@@ -454,3 +471,14 @@ def test_a_pretraining_checkpoint_loads_into_the_plain_model_and_the_classifier(
     classifier = MMCLIPForImageClassification.from_pretrained(tmp_path, num_labels=5)
     assert torch.equal(classifier.vision_model.layernorm.weight, model.vision_model.layernorm.weight)
     assert classifier.classifier.out_features == 5
+
+
+def test_max_pooling_lies_between_the_mean_and_the_maximum_of_the_patches_and_keeps_a_lone_lesion():
+    config = tiny_config()
+    config.image_pooling = "max"
+    model = MMCLIPModel(config).eval()
+    batch = tiny_batch()
+    pooled, patches, _ = model.encode_image(batch["pixel_values"])
+    assert (pooled > patches.mean(dim=1)).all() and (pooled < patches.amax(dim=1)).all()
+    by_hand = ((4 * patches).exp().mean(dim=1)).log() / 4
+    assert torch.allclose(pooled, by_hand, atol=1e-5)

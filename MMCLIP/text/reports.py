@@ -61,3 +61,49 @@ def _append_stripped(sentences: list[tuple[int, int]], text: str, start: int, en
     if stripped:
         begin = start + len(piece) - len(piece.lstrip())
         sentences.append((begin, begin + len(stripped)))
+
+
+_HEADER = re.compile(r"^[ \t]*([A-Z][A-Z ()/,-]{2,}?):[ \t]*", re.MULTILINE)
+_SECTION_NAMES = {  # header in a report -> section
+    "findings": "findings",
+    "finding": "findings",
+    "findings and impression": "findings",
+    "chest": "findings",
+    "impression": "impression",
+    "impressions": "impression",
+    "conclusion": "impression",
+    "opinion": "impression",
+    "indication": "indication",
+    "history": "indication",
+    "clinical history": "indication",
+    "clinical information": "indication",
+    "reason for exam": "indication",
+    "reason for examination": "indication",
+    "comparison": "comparison",
+    "comparisons": "comparison",
+    "technique": "technique",
+    "procedure": "technique",
+    "examination": "examination",
+    "exam": "examination",
+}
+
+
+def report_sections(text: str) -> dict[str, str]:
+    """The sections of a raw report, by headers in capitals at the start of a line ("FINDINGS:", "IMPRESSION:").
+
+    Keys are "findings", "impression", "indication", "comparison", "technique", "examination" where there, and
+    "last_paragraph", the text after the last blank line of a report that has neither findings nor impression. Of a
+    section that occurs twice the last one that says something counts, which is how addenda are written.
+    """
+    sections: dict[str, str] = {}
+    headers = list(_HEADER.finditer(text))
+    for header, following in zip(headers, [*headers[1:], None], strict=True):
+        name = _SECTION_NAMES.get(re.sub(r"\s+", " ", header[1]).strip().lower())
+        body = text[header.end() : following.start() if following else len(text)].strip()
+        if name and body:
+            sections[name] = body
+    if "findings" not in sections and "impression" not in sections:
+        paragraphs = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+        if paragraphs and not _HEADER.match(paragraphs[-1]):
+            sections["last_paragraph"] = paragraphs[-1]
+    return sections

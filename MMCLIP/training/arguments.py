@@ -35,7 +35,7 @@ class ModelArguments:
     text_config: str | None = _option("Fields of a new text tower, among them `model_type` (YAML map or JSON)")
     vision_stem: str | None = _option("patch or convolution")
     projection_dim: int | None = _option("Size of the shared space")
-    image_pooling: str | None = _option("mean or cls")
+    image_pooling: str | None = _option("mean, max or cls")
     text_pooling: str | None = _option("mean or cls")
     logit_scale_init_value: float | None = _option("Initial log of the inverse temperature")
     decoder_hidden_size: int | None = _option("Width of the AttMIM and EntMLM decoders")

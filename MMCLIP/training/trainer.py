@@ -32,6 +32,8 @@ class MMCLIPTrainer(Trainer):
         self, *args, validation_labels: list[str] | None = None, fully_labelled: tuple[str, ...] = (), **kwargs
     ):
         super().__init__(*args, **kwargs)
+        # convolutions run faster with the channels last, on CPUs and on tensor cores; the numbers stay the same
+        self.accelerator.unwrap_model(self.model).vision_model.to(memory_format=torch.channels_last)
         batch_size = self.args.train_batch_size * self.args.world_size
         if self.args.dataloader_drop_last and self.train_dataset is not None and len(self.train_dataset) < batch_size:
             raise ValueError(

@@ -1,7 +1,7 @@
 """One function per kind of data set on disk: its official folder -> manifest rows.
 
-A reader is a generator `NAME_rows(folder, *, report_problem=raise_problem, **options)` of `MMCLIP.data.manifest.make_row`.
-It reads tables, never pixels, and does not look whether an image file exists: what reads the pixels says so.
+A reader is a generator `NAME_rows(folder, *, report_problem=raise_problem, **options)` of rows as
+`MMCLIP.data.manifest.make_row` makes them. It reads tables, never pixels, and does not look whether an image file exists: what reads the pixels says so.
 """
 
 import importlib

@@ -2,13 +2,29 @@
 
 import csv
 import gzip
+import hashlib
 import io
 import os
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ...text.vocabulary import canonical_label
+from ...text.vocabulary import NO_FINDING, canonical_label, with_broader_labels
+
+
+Report = Callable[[str, str], None]  # (where, reason): what is wrong with one row, which is then left out
+VIEWS = {  # spellings of the public sets -> view
+    "PA": "PA",
+    "AP": "AP",
+    "AP_HORIZONTAL": "AP",
+    "POSTEROANTERIOR": "PA",
+    "ANTEROPOSTERIOR": "AP",
+    "L": "LATERAL",
+    "LL": "LATERAL",
+    "RL": "LATERAL",
+    "LATERAL": "LATERAL",
+    "LARGE LATERAL": "LATERAL",
+}
 
 
 def raise_problem(where: str, reason: str) -> None:
@@ -27,26 +43,13 @@ def find_file(folder: str | os.PathLike, *names: str) -> Path:
                 return folder / f"{name}{ending}"
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder.")
-    raise ValueError(f"{folder}: found none of {', '.join(names)} there (nor with .gz or .zip); is it the right folder?")
-
-
-def read_text(path: str | os.PathLike) -> str:
-    """A text file in UTF-8 or else, byte by byte, in Latin-1 (Windows-1252 where that has a sign); .gz and .zip too."""
-    path = Path(path)
-    if path.suffix == ".gz":
-        data = gzip.decompress(path.read_bytes())
-    elif path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            inner = [name for name in archive.namelist() if not name.startswith("__MACOSX") and not name.endswith("/")]
-            if len(inner) != 1:
-                raise ValueError(f"{path}: expected one file in the archive, found {len(inner)}. Unpack it.")
-            data = archive.read(inner[0])
-    else:
-        data = path.read_bytes()
-    return decode_text(data)
+    raise ValueError(
+        f"{folder}: found none of {', '.join(names)} there (nor with .gz or .zip); is it the right folder?"
+    )
 
 
 def decode_text(data: bytes) -> str:
+    """UTF-8, or else Windows-1252, or else (every byte is a sign there) Latin-1."""
     for encoding in ("utf-8-sig", "cp1252"):
         try:
             return data.decode(encoding)
@@ -55,13 +58,34 @@ def decode_text(data: bytes) -> str:
     return data.decode("latin-1")
 
 
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, of a .gz or of the one file in a .zip; a line that is not UTF-8 by `decode_text`."""
+    with path.open("rb") as raw:
+        if path.suffix == ".gz":
+            binary = gzip.open(raw)
+        elif path.suffix == ".zip":
+            archive = zipfile.ZipFile(raw)
+            inner = [name for name in archive.namelist() if not name.startswith("__MACOSX") and not name.endswith("/")]
+            if len(inner) != 1:
+                raise ValueError(f"{path}: expected one file in the archive, found {len(inner)}. Unpack it.")
+            binary = archive.open(inner[0])
+        else:
+            binary = raw
+        for line in io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline=""):
+            try:
+                line.isascii() or line.encode()
+            except UnicodeEncodeError:
+                line = decode_text(line.encode("utf-8", errors="surrogateescape"))
+            yield line
+
+
 def read_table(
     path: str | os.PathLike,
     required: Sequence[str],
     *,
     optional: Sequence[str] = (),
     aliases: dict[str, Sequence[str]] | None = None,
-    report_problem=raise_problem,
+    report_problem: Report = raise_problem,
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """(where, record) of every line of a CSV file, read by column name; `where` names file and line for messages.
 
@@ -70,7 +94,7 @@ def read_table(
     `report_problem`. Raises ValueError for a missing or doubled column, naming those that are there.
     """
     path = Path(path)
-    reader = csv.reader(io.StringIO(read_text(path), newline=""))
+    reader = csv.reader(_lines(path))
     try:
         header = [name.strip() for name in next(reader)]
     except StopIteration:
@@ -84,20 +108,115 @@ def read_table(
             columns[name] = found[0]
         elif name in required:
             raise ValueError(f"{path}: there is no column {name!r}; the header has {', '.join(header)}.")
-    for fields in reader:
-        if not fields:
-            continue
-        where = f"{path}, line {reader.line_num}"
-        if len(fields) != len(header):
-            report_problem(where, f"{len(fields)} fields, but the header has {len(header)}")
-            continue
-        yield where, {name: fields[index].strip() for name, index in columns.items()}
-
-
-def labels_of(names: Iterable[str], where: str, report_problem) -> list[str] | None:
-    """Canonical labels without repeats; None, after `report_problem`, when one is not in the vocabulary."""
     try:
-        return list(dict.fromkeys(canonical_label(name) for name in names))
+        for fields in reader:
+            if not fields:
+                continue
+            where = f"{path}, line {reader.line_num}"
+            if len(fields) != len(header):
+                report_problem(where, f"{len(fields)} fields, but the header has {len(header)}")
+                continue
+            yield where, {name: fields[index].strip() for name, index in columns.items()}
+    except (csv.Error, EOFError, OSError) as error:
+        raise ValueError(f"{path}, after line {reader.line_num}: not a readable table: {error}") from error
+
+
+class Labels:
+    """Labels of one row, kept apart: present, absent, uncertain; what is in none of them is unknown.
+
+    A canonical label that is stated in several ways (two columns of a set can mean one concept here) is present before
+    uncertain before absent. A broader concept of something present is never absent. "no finding" is present only where
+    no finding is.
+    """
+
+    def __init__(self, present: Iterable[str] = (), absent: Iterable[str] = (), uncertain: Iterable[str] = ()):
+        present = list(dict.fromkeys(canonical_label(name) for name in present))
+        uncertain = [label for label in map(canonical_label, uncertain) if label not in present]
+        if NO_FINDING in present and any(label != NO_FINDING for label in present):
+            raise ValueError(f"{NO_FINDING!r} is present together with {sorted(set(present) - {NO_FINDING})}")
+        stated = {*with_broader_labels(present), *with_broader_labels(uncertain)}
+        self.present = present
+        self.uncertain = list(dict.fromkeys(uncertain))
+        self.absent = list(dict.fromkeys(label for label in map(canonical_label, absent) if label not in stated))
+
+    def columns(self) -> dict[str, list[str]]:
+        return {"present": self.present, "absent": self.absent, "uncertain": self.uncertain}
+
+
+def labels_of(
+    where: str,
+    report_problem: Report,
+    present: Iterable[str] = (),
+    absent: Iterable[str] = (),
+    uncertain: Iterable[str] = (),
+) -> dict[str, list[str]] | None:
+    """The label columns of a row; None, after `report_problem`, when a label is unknown or contradicts another."""
+    try:
+        return Labels(present, absent, uncertain).columns()
     except ValueError as error:
         report_problem(where, str(error))
         return None
+
+
+def chexpert_labels(
+    where: str, record: dict[str, str], names: Sequence[str], report_problem: Report
+) -> dict[str, list[str]] | None:
+    """Labels of columns that hold 1.0 (present), 0.0 (absent), -1.0 (uncertain) or nothing (not mentioned).
+
+    "No Finding" beside a finding that is present is left out: the labellers of CheXpert and MIMIC-CXR give it to films
+    with support devices.
+    """
+    stated: dict[float, list[str]] = {1.0: [], 0.0: [], -1.0: []}
+    for name in names:
+        value = record.get(name, "")
+        if value:
+            try:
+                stated[float(value)].append(name)
+            except (KeyError, ValueError):
+                report_problem(where, f"column {name!r} holds {value!r}, expected 1.0, 0.0, -1.0 or nothing")
+                return None
+    if len(stated[1.0]) > 1:
+        stated[1.0] = [name for name in stated[1.0] if canonical_label(name) != NO_FINDING]
+    return labels_of(where, report_problem, stated[1.0], stated[0.0], stated[-1.0])
+
+
+def complete_labels(labels: dict[str, list[str]], complete: Iterable[str]) -> dict[str, list[str]]:
+    """Make absent every label of `complete` that the row does not state: for sets whose label list is complete."""
+    stated = {*with_broader_labels(labels["present"]), *with_broader_labels(labels["uncertain"]), *labels["absent"]}
+    labels["absent"] = labels["absent"] + [label for label in complete if label not in stated]
+    return labels
+
+
+def hashed_share(*parts: str) -> float:
+    """A number in [0, 1) that depends on `parts` alone: who falls below a share is in that split, on any machine."""
+    digest = hashlib.blake2b("\0".join(parts).encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+class Unique:
+    """Tells ids apart: `seen(id)` is False once for each."""
+
+    def __init__(self):
+        self._ids: set[str] = set()
+
+    def seen(self, name: str) -> bool:
+        if name in self._ids:
+            return True
+        self._ids.add(name)
+        return False
+
+
+__all__ = [
+    "Labels",
+    "Report",
+    "Unique",
+    "VIEWS",
+    "chexpert_labels",
+    "complete_labels",
+    "decode_text",
+    "find_file",
+    "hashed_share",
+    "labels_of",
+    "raise_problem",
+    "read_table",
+]

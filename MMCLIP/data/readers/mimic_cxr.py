@@ -1,0 +1,133 @@
+"""MIMIC-CXR-JPG 2.0 and 2.1: `source_rows("mimic-cxr", "/data/MIMIC-CXR-JPG", labels="chexpert")`.
+
+The folder holds `mimic-cxr-2.0.0-metadata.csv.gz`, `-split.csv.gz`, `-chexpert.csv.gz` (or `-negbio`), the images under
+`files/p10/p10000032/s50414267/`, and the reports, which come with MIMIC-CXR, not with -JPG: either
+`mimic_cxr_sectioned.csv` or the unpacked `mimic-cxr-reports.zip` (`files/p10/p10000032/s50414267.txt`). `reports` names
+another folder for them. The official split is kept. The images are histogram-equalised, those of other sets are not.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ...text.reports import clean_report, report_sections
+from ..manifest import make_row
+from .tables import VIEWS, Report, Unique, chexpert_labels, decode_text, find_file, raise_problem, read_table
+
+
+LABELS = (
+    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum", "Fracture", "Lung Lesion",
+    "Lung Opacity", "No Finding", "Pleural Effusion", "Pleural Other", "Pneumonia", "Pneumothorax", "Support Devices",
+)  # fmt: skip
+SPLITS = {"train": "train", "validate": "val", "test": "test"}
+TEXTS = {  # option `text` -> sections, joined in this order; the second line where none of the first is there
+    "findings+impression": (("findings", "impression"), ("last_paragraph",)),
+    "impression": (("impression",),),
+    "impression or findings": (("impression",), ("findings",), ("last_paragraph",)),
+    "findings": (("findings",),),
+}
+_NO_LABELS: dict[str, list[str]] = {"present": [], "absent": [], "uncertain": []}
+
+
+def mimic_cxr_rows(
+    folder: str | os.PathLike,
+    *,
+    report_problem: Report = raise_problem,
+    labels: str = "chexpert",
+    text: str = "findings+impression",
+    reports: str = "",
+) -> Iterator[dict]:
+    """Paired rows, one an image, with the report of its study and the study's labels.
+
+    `labels`: "chexpert" or "negbio", the labeller; for the studies of `mimic-cxr-2.1.0-test-set-labeled.csv`, where it is
+    there, the radiologist's labels instead. `text`: one of `TEXTS`. An image whose study has no such text is unpaired
+    if it has labels, else it goes to `report_problem`.
+    """
+    if labels not in ("chexpert", "negbio"):
+        raise ValueError(f"labels is {labels!r}, expected 'chexpert' or 'negbio'.")
+    if text not in TEXTS:
+        raise ValueError(f"text is {text!r}, expected one of {', '.join(TEXTS)}.")
+    folder = Path(folder)
+    report_folder = Path(reports) if reports else folder
+    splits = {r["dicom_id"]: r["split"] for _, r in _table(folder, "split", ["dicom_id", "split"], report_problem)}
+    study_labels = _study_labels(folder, labels, report_problem)
+    texts = _sectioned_texts(report_folder, text, report_problem)
+    last_study, last_text = "", ""
+    unique = Unique()
+    columns = ["dicom_id", "subject_id", "study_id", "ViewPosition"]
+    for where, record in _table(folder, "metadata", columns, report_problem):
+        name, patient, study = record["dicom_id"], record["subject_id"], record["study_id"]
+        if unique.seen(name):
+            report_problem(where, f"image {name!r} occurs twice")
+            continue
+        if splits.get(name) not in SPLITS:
+            report_problem(where, f"image {name!r} has the split {splits.get(name)!r}, expected one of {list(SPLITS)}")
+            continue
+        place = f"files/p{patient[:2]}/p{patient}/s{study}"
+        if study != last_study:
+            last_study = study
+            last_text = texts.get(study, "") if texts is not None else _text_of(report_folder / f"{place}.txt", text)
+        found = study_labels.get(study, _NO_LABELS)
+        if not last_text and not (found["present"] or found["absent"]):
+            report_problem(where, f"study s{study} has neither a text ({text}) nor labels")
+            continue
+        view = record["ViewPosition"].upper()
+        yield make_row(
+            f"mimic-cxr/{name}",
+            f"{folder}/{place}/{name}.jpg",
+            source="mimic-cxr",
+            report=last_text or None,
+            **found,
+            patient_id=patient,
+            study_id=study,
+            view=VIEWS.get(view, "OTHER" if view else ""),
+            split=SPLITS[splits[name]],
+        )
+
+
+def _table(folder: Path, kind: str, columns: list[str], report_problem: Report, **kwargs):
+    path = find_file(folder, f"mimic-cxr-2.0.0-{kind}.csv", f"mimic-cxr-2.1.0-{kind}.csv")
+    return read_table(path, columns, report_problem=report_problem, **kwargs)
+
+
+def _study_labels(folder: Path, labeller: str, report_problem: Report) -> dict[str, dict]:
+    found = {}
+    for where, record in _table(folder, labeller, ["study_id", *LABELS], report_problem):
+        labels = chexpert_labels(where, record, LABELS, report_problem)
+        if labels is not None:
+            found[record["study_id"]] = labels
+    radiologist = folder / "mimic-cxr-2.1.0-test-set-labeled.csv"
+    if radiologist.is_file():
+        # calls "Lung Opacity" by another name, and has no subject_id
+        aliases = {"Lung Opacity": ["Airspace Opacity"]}
+        columns = ["study_id", *LABELS]
+        for where, record in read_table(radiologist, columns, aliases=aliases, report_problem=report_problem):
+            labels = chexpert_labels(where, record, LABELS, report_problem)
+            if labels is not None:
+                found[record["study_id"]] = labels
+    return found
+
+
+def _sectioned_texts(folder: Path, text: str, report_problem: Report) -> dict[str, str] | None:
+    """Study -> text from `mimic_cxr_sectioned.csv`; None where that table is not there."""
+    try:
+        table = find_file(folder, "mimic_cxr_sectioned.csv", "mimic-cxr-sections/mimic_cxr_sectioned.csv")
+    except ValueError:
+        if not (folder / "files").is_dir():
+            raise
+        return None
+    columns = ["study", "impression", "findings", "last_paragraph"]
+    records = read_table(table, columns, report_problem=report_problem)
+    return {record["study"].removeprefix("s"): _join(record, text) for _, record in records}
+
+
+def _text_of(path: Path, text: str) -> str:
+    return _join(report_sections(decode_text(path.read_bytes())), text) if path.is_file() else ""
+
+
+def _join(sections: dict[str, str], text: str) -> str:
+    for names in TEXTS[text]:
+        parts = [clean_report(sections.get(name) or "") for name in names]
+        if any(parts):
+            return " ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in parts if part)
+    return ""

@@ -1,0 +1,143 @@
+"""Open-i, the chest X-rays of Indiana University: `source_rows("openi", "/data/openi")`.
+
+Either the original: `NLMCXR_reports.tgz` or its unpacked `ecgen-radiology/*.xml`, with `CXR1_1_IM-0001-3001.png` and so on
+in the folder, `images` or `NLMCXR_png`. Or the Kaggle version: `indiana_reports.csv`, `indiana_projections.csv` and
+`images/images_normalized`. There is no official split; `split` is "" and preparation assigns one by `uId`.
+"""
+
+import os
+import tarfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+
+from ...text.reports import clean_report
+from ..manifest import make_row
+from .tables import Report, Unique, find_file, labels_of, raise_problem, read_table
+
+
+TEXTS = ("findings+impression", "findings", "impression", "longer")
+# the 18 classes that are scored on this set, by the words of the automatic index; others are left to the report
+AUTOMATIC = {
+    "atelectases": "atelectasis",
+    "atelectasis": "atelectasis",
+    "cardiomegaly": "cardiomegaly",
+    "consolidation": "consolidation",
+    "edema": "edema",
+    "effusion": "pleural effusion",
+    "emphysema": "emphysema",
+    "fibrosis": "fibrosis",
+    "fracture": "fracture",
+    "granuloma": "granuloma",
+    "hernia": "hiatal hernia",
+    "infiltrate": "infiltration",
+    "infiltration": "infiltration",
+    "lesion": "lung lesion",
+    "mass": "mass",
+    "nodule": "nodule",
+    "opacity": "lung opacity",
+    "pleural thickening": "pleural thickening",
+    "pneumonia": "pneumonia",
+    "pneumothorax": "pneumothorax",
+}
+
+
+def openi_rows(
+    folder: str | os.PathLike, *, report_problem: Report = raise_problem, text: str = "findings+impression"
+) -> Iterator[dict]:
+    """One row an image, its report paired with each view; `text` is one of `TEXTS` ("longer": of the two sections).
+
+    A report without the sections that were asked for, and one without an image, goes to `report_problem`. Present are
+    the classes of `AUTOMATIC` that the automatic index names (of the Kaggle version, `Problems`), and "no finding"
+    where the index says "normal" alone; nothing is stated absent, as the report says that itself.
+    """
+    if text not in TEXTS:
+        raise ValueError(f"text is {text!r}, expected one of {', '.join(TEXTS)}.")
+    folder = Path(folder)
+    is_kaggle = (folder / "indiana_reports.csv").is_file()
+    studies = _kaggle_studies(folder, report_problem) if is_kaggle else _xml_studies(folder, report_problem)
+    unique = Unique()
+    for where, uid, sections, terms, images in studies:
+        if unique.seen(uid):
+            report_problem(where, f"report {uid!r} occurs twice")
+            continue
+        report = _report(sections, text)
+        if not report:
+            report_problem(where, f"the report has no {text}")
+            continue
+        if not images:
+            report_problem(where, "the report has no image")
+            continue
+        found = {AUTOMATIC[word] for term in terms for word in AUTOMATIC if word in term}
+        if not found and terms == ["normal"]:
+            found = {"no finding"}
+        labels = labels_of(where, report_problem, present=sorted(found))
+        for file, view in images:
+            yield make_row(
+                f"openi/{Path(file).name}",
+                file,
+                source="openi",
+                report=report,
+                **labels,
+                patient_id=uid,
+                study_id=uid,
+                view=view,
+            )
+
+
+def _report(sections: dict[str, str], text: str) -> str:
+    findings, impression = (clean_report(sections.get(name) or "") for name in ("findings", "impression"))
+    if text == "longer":
+        return max(findings, impression, key=len)
+    chosen = {"findings": [findings], "impression": [impression]}.get(text, [findings, impression])
+    return " ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in chosen if part)
+
+
+def _xml_studies(folder: Path, report_problem: Report) -> Iterator[tuple]:
+    files = {path.name: path for place in (folder, folder / "images", folder / "NLMCXR_png") for path in _pngs(place)}
+    for where, data in _xml_files(folder):
+        try:
+            root = ElementTree.fromstring(data)
+            uid = root.find("uId").get("id")
+        except (ElementTree.ParseError, AttributeError) as error:
+            report_problem(where, f"not a report of Open-i: {error}")
+            continue
+        sections = {e.get("Label", "").lower(): e.text for e in root.iter("AbstractText")}
+        terms = [(e.text or "").strip().lower() for e in root.iter("automatic")]
+        if not terms:
+            terms = [term for e in root.iter("major") if (term := (e.text or "").strip().lower()) == "normal"]
+        names = [f"{e.get('id')}.png" for e in root.iter("parentImage")]
+        # a report that was dictated once for two films names them both; the view is not stated anywhere
+        yield where, uid, sections, terms, [(files.get(name, folder / name), "") for name in dict.fromkeys(names)]
+
+
+def _pngs(place: Path) -> list[Path]:
+    return list(place.glob("*.png")) if place.is_dir() else []
+
+
+def _xml_files(folder: Path) -> Iterator[tuple[str, bytes]]:
+    if (folder / "ecgen-radiology").is_dir():
+        for path in sorted((folder / "ecgen-radiology").glob("*.xml"), key=lambda path: (len(path.name), path.name)):
+            yield str(path), path.read_bytes()
+        return
+    archive_path = find_file(folder, "NLMCXR_reports.tgz")
+    with tarfile.open(archive_path) as archive:
+        for member in archive:
+            if member.isfile() and member.name.endswith(".xml"):
+                yield f"{archive_path}: {member.name}", archive.extractfile(member).read()
+
+
+def _kaggle_studies(folder: Path, report_problem: Report) -> Iterator[tuple]:
+    views = {"Frontal": "", "Lateral": "LATERAL"}  # frontal is PA or AP, which the table does not say
+    images: dict[str, list] = {}
+    table = find_file(folder, "indiana_projections.csv")
+    for where, record in read_table(table, ["uid", "filename", "projection"], report_problem=report_problem):
+        if record["projection"] not in views:
+            report_problem(where, f"`projection` is {record['projection']!r}, expected Frontal or Lateral")
+            continue
+        file = folder / "images" / "images_normalized" / record["filename"]
+        images.setdefault(record["uid"], []).append((file, views[record["projection"]]))
+    columns = ["uid", "MeSH", "Problems", "findings", "impression"]
+    for where, record in read_table(folder / "indiana_reports.csv", columns, report_problem=report_problem):
+        terms = [term.strip().lower() for term in record["Problems"].split(";") if term.strip()]
+        yield where, record["uid"], record, terms, images.get(record["uid"], [])

@@ -56,7 +56,8 @@ class MMCLIPConfig(PretrainedConfig):
     image_pooling, text_pooling (`str`, *optional*, defaults to `"mean"`):
         What is projected: `"mean"` of the patch (text) tokens, or the first token (`"cls"`); of images also `"max"`, a
         soft maximum over the patches, which lets a small lesion count as much as a large one. Under mean and
-        max pooling the projected patches lie in the same space as the texts, which is what text-to-patch attention rests on.
+        max pooling the projected patches lie in the same space as the texts, which is what text-to-patch attention
+        rests on.
     logit_scale_init_value (`float`, *optional*, defaults to 2.6592):
         Initial log of the inverse temperature, ln(1 / 0.07) as in CLIP. Clamped at ln(100) in the forward.
     decoder_hidden_size, decoder_num_layers, decoder_num_heads (`int`, *optional*, defaults to 384, 2 and 6):

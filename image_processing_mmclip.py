@@ -39,9 +39,11 @@ UPRIGHT_TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# permissive licences only; pydicom finds them by itself
-DICOM_PACKAGES = "'pydicom>=3' python-gdcm pylibjpeg pylibjpeg-openjpeg pyjpegls"
-DEFLATED_SYNTAX = b"1.2.840.10008.1.2.1.99"
+DICOM_PACKAGES = "'pydicom>=3' pylibjpeg pylibjpeg-openjpeg pyjpegls imagecodecs"  # permissive licences only
+DEFLATED, RLE, BIG_ENDIAN = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.2"
+EXTENDED_JPEG, LOSSLESS_JPEG = "1.2.840.10008.1.2.4.51", ("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70")
+# not gdcm: one wrong byte in a file can make it end the whole process
+DECODER_PLUGINS = ("pyjpegls", "pylibjpeg", "pillow", "pydicom")
 MAX_PIXEL_ASPECT = 10.0
 
 
@@ -354,7 +356,7 @@ def _parse_dicom(file: BinaryIO, head: bytes) -> Any:
     """The `pydicom.Dataset` of an opened file."""
     pydicom = _pydicom()
     with _explained("a whole DICOM file"):
-        if DEFLATED_SYNTAX in head:
+        if DEFLATED.encode() in head:
             _check_inflated(file, 144 + int.from_bytes(head[140:144], "little"))
         dataset = pydicom.dcmread(file, force=True)
         if "TransferSyntaxUID" not in dataset.file_meta:  # no header: the encoding is what pydicom found
@@ -398,55 +400,71 @@ def _dicom_pixels(dataset: Any) -> np.ndarray:
         raise _Refused(
             f"expected a DICOM image, got an object without pixel data ({getattr(kind, 'name', kind)}). Leave it out."
         )
-    rows, columns = int(dataset.Rows), int(dataset.Columns)
-    _check_area(columns, rows)
+    size = (int(dataset.Columns), int(dataset.Rows))
+    _check_area(*size)
     if int(dataset.get("NumberOfFrames") or 1) > 1:
         raise _Refused(
             f"expected a DICOM image of one frame, got {dataset.NumberOfFrames}. Choose one, `pixel_array[index]`, "
             "and pass it as an array or save it as a file of its own."
         )
     syntax = dataset.file_meta.TransferSyntaxUID
-    plugin = ""
-    if syntax.is_encapsulated:
-        plugin = _decoder_plugin(syntax, int(dataset.BitsStored))
-        _check_frame(dataset, (columns, rows))
-    pixels = from_pydicom.pixel_array(dataset, decoding_plugin=plugin)
+    if syntax in LOSSLESS_JPEG or syntax == EXTENDED_JPEG and dataset.BitsStored > 8:
+        pixels = _deep_jpeg_pixels(dataset, _checked_frame(dataset, size))
+    elif syntax.is_encapsulated:
+        plugin = _decoder_plugin(syntax)
+        if syntax != RLE:  # which has no header of its own
+            _checked_frame(dataset, size)
+        pixels = from_pydicom.pixel_array(dataset, decoding_plugin=plugin)
+    else:
+        pixels = from_pydicom.pixel_array(dataset)
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
         pixels = from_pydicom.apply_color_lut(pixels, dataset)
     return pixels != 0 if dataset.BitsAllocated == 1 else pixels
 
 
-def _decoder_plugin(syntax: Any, bits_stored: int) -> str:
-    """The decoder of pydicom to use for compressed pixels. gdcm ends the process on some damaged files, so it is last.
-
-    Only one is tried: where a careful decoder refuses the pixels, no other shall guess.
-    """
+def _decoder_plugin(syntax: Any) -> str:
+    """The decoder of pydicom for compressed pixels. Only one is tried: where it refuses, no other shall guess."""
     try:
         available = _pydicom().pixels.get_decoder(syntax).available_plugins
     except NotImplementedError as error:
         raise _Refused(f"expected a DICOM image, got the transfer syntax {syntax.name}. Convert it to PNG.") from error
-    packages = DICOM_PACKAGES
-    if syntax == "1.2.840.10008.1.2.4.51" and bits_stored > 8:
-        available = [name for name in available if name not in ("gdcm", "pillow")]  # they know the 8-bit kind only
-        packages = "pylibjpeg pylibjpeg-libjpeg (under the GPL)"
-    order = ("pyjpegls", "pylibjpeg", "pillow", "pydicom", "gdcm")
-    if not available:
-        raise _Refused(
-            f"expected a decoder for the DICOM transfer syntax {syntax.name} with {bits_stored} bits, but none is "
-            f"installed: pip install {packages}"
-        )
-    return min(available, key=lambda name: order.index(name) if name in order else len(order))
+    for name in DECODER_PLUGINS:
+        if name in available:
+            return name
+    raise _no_decoder(syntax)
 
 
-def _check_frame(dataset: Any, size: tuple[int, int]) -> None:
-    """Refuses compressed pixels that are not what the DICOM header says: decoders trust them, some to the death."""
-    if dataset.file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.5":
-        return  # RLE has no header of its own
+def _no_decoder(syntax: Any) -> ValueError:
+    return _Refused(
+        f"expected a decoder for the DICOM transfer syntax {syntax.name}, but none is installed: "
+        f"pip install {DICOM_PACKAGES}"
+    )
+
+
+def _deep_jpeg_pixels(dataset: Any, frame: bytes) -> np.ndarray:
+    """Stored values of lossless and of 12-bit JPEG, for which pydicom has no decoder that is free and safe."""
+    try:
+        from imagecodecs import jpeg8_decode
+    except ImportError as error:
+        raise _no_decoder(dataset.file_meta.TransferSyntaxUID) from error
+    if dataset.PhotometricInterpretation.startswith("YBR"):
+        raise _Refused("expected grey or RGB pixels in lossless or 12-bit JPEG, got YBR. Convert the file to PNG.")
+    pixels, bits = jpeg8_decode(frame), int(dataset.BitsStored)
+    if dataset.PixelRepresentation == 1:  # two's complement of as many bits as are stored
+        sign = 1 << (bits - 1)
+        return (((pixels.astype(np.int32) & (2 * sign - 1)) ^ sign) - sign).astype(np.int16)
+    return pixels & ((1 << bits) - 1)
+
+
+def _checked_frame(dataset: Any, size: tuple[int, int]) -> bytes:
+    """The compressed pixels. Refuses what differs from the DICOM header: decoders trust either, some to the death."""
     frame = _pydicom().encaps.get_frame(dataset.PixelData, 0, number_of_frames=1)
     expected = (*size, int(dataset.SamplesPerPixel))
     headers = list(_frame_headers(frame))
     if not headers:
-        raise _Refused("expected compressed pixels with a JPEG header, got none. Replace the file.")
+        raise _Refused(
+            "expected compressed pixels that begin with a JPEG or JPEG 2000 header, got none. Convert the file."
+        )
     for width, height, samples, bits in headers:
         if (width, height, samples) != expected or bits > dataset.BitsAllocated:
             raise _Refused(
@@ -454,6 +472,9 @@ def _check_frame(dataset: Any, size: tuple[int, int]) -> None:
                 + f" of up to {dataset.BitsAllocated} bits, got {width} x {height} with {samples} of {bits} bits. "
                 "Replace the file."
             )
+    if frame[:2] == b"\xff\xd8" and b"\xff\xd9" not in frame[-16:]:  # decoders would fill up with grey
+        raise _Refused("expected complete compressed pixels, but they are truncated. Replace the file.")
+    return frame
 
 
 def _frame_headers(frame: bytes) -> Iterator[tuple[int, int, int, int]]:
@@ -462,11 +483,9 @@ def _frame_headers(frame: bytes) -> Iterator[tuple[int, int, int, int]]:
     def number(at: int, length: int) -> int:
         return int.from_bytes(frame[at : at + length], "big")
 
-    start = frame.find(b"\xff\x4f\xff\x51", 0, 2**16)  # JPEG 2000, bare or in a JP2 file
-    if start >= 0:
-        right, bottom, left, top = (number(start + at, 4) for at in (8, 12, 16, 20))
-        yield right - left, bottom - top, number(start + 40, 2), (frame[start + 42] & 0x7F) + 1
-        return
+    if frame[:4] == b"\xff\x4f\xff\x51":  # JPEG 2000; wrapped in a JP2 file, openjpeg can read on for ever
+        right, bottom, left, top = (number(at, 4) for at in (8, 12, 16, 20))
+        yield right - left, bottom - top, number(40, 2), (frame[42] & 0x7F) + 1
     at = 2
     while frame[:2] == b"\xff\xd8" and at + 22 <= len(frame):  # JPEG: markers with lengths
         marker = frame[at + 1]
@@ -549,7 +568,7 @@ def _table(dataset: Any, name: str) -> tuple[Callable[[np.ndarray], np.ndarray],
     data = item.LUTData  # bytes of 16-bit words, or the words
     order = "<"
     if isinstance(data, bytes):
-        order = ">" if dataset.file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.2" else "<"
+        order = ">" if dataset.file_meta.TransferSyntaxUID == BIG_ENDIAN else "<"
     else:
         data = (np.ravel(data).astype(np.int64) & 0xFFFF).astype("<u2").tobytes()
     if len(data) < count:

@@ -103,7 +103,7 @@ def contrastive_loss(
 
 
 def prompt_loss(image_embeds: Tensor, prompt_embeds: Tensor, logit_scale: Tensor, prompt_labels: Tensor) -> Tensor:
-    """"There is X" against "there is no X" for each image and each known finding, as [`finding_loss`].
+    """ "There is X" against "there is no X" for each image and each known finding, as [`finding_loss`].
 
     `image_embeds` (B, D) and `prompt_embeds` (F, 2, D; present, then absent) are L2-normalised; `prompt_labels` (B, F)
     is 1 where the finding is present, 0 where it is absent and -100 where nothing is known. Returns a scalar.

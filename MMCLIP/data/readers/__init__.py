@@ -1,7 +1,8 @@
 """One function per kind of data set on disk: its official folder -> manifest rows.
 
 A reader is a generator `NAME_rows(folder, *, report_problem=raise_problem, **options)` of rows as
-`MMCLIP.data.manifest.make_row` makes them. It reads tables, never pixels, and does not look whether an image file exists: what reads the pixels says so.
+`MMCLIP.data.manifest.make_row` makes them. It reads tables, never pixels, and does not look whether an image file
+exists: what reads the pixels says so.
 """
 
 import importlib
@@ -10,7 +11,7 @@ import os
 from collections.abc import Iterator
 
 from .csv_manifest import COLUMN_NAMES, read_csv_manifest
-from .tables import raise_problem
+from .tables import LEFT_OUT, raise_problem
 
 
 # source name -> module and function here
@@ -32,7 +33,9 @@ def source_rows(name: str, folder: str | os.PathLike, *, report_problem=raise_pr
     """The rows of the data set `name` (one of `SOURCES`) whose official folder is `folder`.
 
     What is wrong with a single row goes to `report_problem(where, reason)`, which raises ValueError unless another is
-    given; the row is then left out. A missing table, a missing column and an unknown option raise ValueError.
+    given; the row is then left out. A reason that begins with `LEFT_OUT` is no error: the row is sound, but there is
+    nothing to learn from it, or its patient is in the test part. A missing table, a missing column and an unknown
+    option raise ValueError.
     """
     if name not in SOURCES:
         raise ValueError(f"There is no data set {name!r}; known are {', '.join(SOURCES)}.")
@@ -44,4 +47,4 @@ def source_rows(name: str, folder: str | os.PathLike, *, report_problem=raise_pr
     return reader(folder, report_problem=report_problem, **options)
 
 
-__all__ = ["COLUMN_NAMES", "SOURCES", "raise_problem", "read_csv_manifest", "source_rows"]
+__all__ = ["COLUMN_NAMES", "LEFT_OUT", "SOURCES", "raise_problem", "read_csv_manifest", "source_rows"]

@@ -1,9 +1,9 @@
 """CheXpert v1.0 and v1.0-small: `source_rows("chexpert", "/data/CheXpert-v1.0-small")`.
 
 The folder holds `train.csv`, `valid.csv` (its CheXlocalize name `val.csv` too) and, if there, the labels of the test
-set as `test_labels.csv` or `groundtruth.csv`; `Path` in them begins with the name of the folder as it was published, which is
-taken off. The batches of the original download have no `train` folder around their patients; those are found as well.
-The official parts are kept: train.csv is "train", valid.csv "val", the test set "test".
+set as `test_labels.csv` or `groundtruth.csv`; `Path` in them begins with the name of the folder as it was published,
+which is taken off. The batches of the original download have no `train` folder around their patients; those are found
+as well. The official parts are kept: train.csv is "train", valid.csv "val", the test set "test".
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..manifest import make_row
-from .tables import VIEWS, Report, Unique, chexpert_labels, find_file, raise_problem, read_table
+from .tables import LEFT_OUT, VIEWS, Report, Unique, chexpert_labels, find_file, raise_problem, read_table
 
 
 LABELS = (
@@ -54,7 +54,7 @@ def chexpert_rows(folder: str | os.PathLike, *, report_problem: Report = raise_p
             if labels is None:
                 continue
             if not any(labels.values()):
-                report_problem(where, "all 14 labels are blank")
+                report_problem(where, LEFT_OUT + "all 14 labels are blank")
                 continue
             patient = f"patient{match[1]}"
             yield make_row(

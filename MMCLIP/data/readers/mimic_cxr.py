@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...text.reports import clean_report, report_sections
 from ..manifest import make_row
-from .tables import VIEWS, Report, Unique, chexpert_labels, decode_text, find_file, raise_problem, read_table
+from .tables import LEFT_OUT, VIEWS, Report, Unique, chexpert_labels, decode_text, find_file, raise_problem, read_table
 
 
 LABELS = (
@@ -39,9 +39,9 @@ def mimic_cxr_rows(
 ) -> Iterator[dict]:
     """Paired rows, one an image, with the report of its study and the study's labels.
 
-    `labels`: "chexpert" or "negbio", the labeller; for the studies of `mimic-cxr-2.1.0-test-set-labeled.csv`, where it is
-    there, the radiologist's labels instead. `text`: one of `TEXTS`. An image whose study has no such text is unpaired
-    if it has labels, else it goes to `report_problem`.
+    `labels`: "chexpert" or "negbio", the labeller; for the studies of `mimic-cxr-2.1.0-test-set-labeled.csv`, where it
+    is there, the radiologist's labels instead. `text`: one of `TEXTS`. An image whose study has no such text is
+    unpaired if it has labels, else it is left out.
     """
     if labels not in ("chexpert", "negbio"):
         raise ValueError(f"labels is {labels!r}, expected 'chexpert' or 'negbio'.")
@@ -69,7 +69,7 @@ def mimic_cxr_rows(
             last_text = texts.get(study, "") if texts is not None else _text_of(report_folder / f"{place}.txt", text)
         found = study_labels.get(study, _NO_LABELS)
         if not last_text and not (found["present"] or found["absent"]):
-            report_problem(where, f"study s{study} has neither a text ({text}) nor labels")
+            report_problem(where, f"{LEFT_OUT}study s{study} has neither a text ({text}) nor labels")
             continue
         view = record["ViewPosition"].upper()
         yield make_row(

@@ -1,7 +1,7 @@
 """Open-i, the chest X-rays of Indiana University: `source_rows("openi", "/data/openi")`.
 
-Either the original: `NLMCXR_reports.tgz` or its unpacked `ecgen-radiology/*.xml`, with `CXR1_1_IM-0001-3001.png` and so on
-in the folder, `images` or `NLMCXR_png`. Or the Kaggle version: `indiana_reports.csv`, `indiana_projections.csv` and
+Either the original: `NLMCXR_reports.tgz` or its unpacked `ecgen-radiology/*.xml`, with `CXR1_1_IM-0001-3001.png` and so
+on in the folder, `images` or `NLMCXR_png`. Or the Kaggle version: `indiana_reports.csv`, `indiana_projections.csv` and
 `images/images_normalized`. There is no official split; `split` is "" and preparation assigns one by `uId`.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ...text.reports import clean_report
 from ..manifest import make_row
-from .tables import Report, Unique, find_file, labels_of, raise_problem, read_table
+from .tables import LEFT_OUT, Report, Unique, find_file, labels_of, raise_problem, read_table
 
 
 TEXTS = ("findings+impression", "findings", "impression", "longer")
@@ -63,10 +63,10 @@ def openi_rows(
             continue
         report = _report(sections, text)
         if not report:
-            report_problem(where, f"the report has no {text}")
+            report_problem(where, f"{LEFT_OUT}the report has no {text}")
             continue
         if not images:
-            report_problem(where, "the report has no image")
+            report_problem(where, LEFT_OUT + "the report has no image")
             continue
         found = {AUTOMATIC[word] for term in terms for word in AUTOMATIC if word in term}
         if not found and terms == ["normal"]:

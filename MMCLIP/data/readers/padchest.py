@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ...text.vocabulary import NO_FINDING
 from ..manifest import make_row
-from .tables import VIEWS, Report, Unique, find_file, labels_of, raise_problem, read_table
+from .tables import LEFT_OUT, VIEWS, Report, Unique, find_file, labels_of, raise_problem, read_table
 
 
 # say nothing about what the film shows (or that it shows nothing new), or are normal variants
@@ -56,7 +56,12 @@ def padchest_rows(
             report_problem(where, f"image {name!r} occurs twice")
             continue
         if record["PatientID"] in physician_patients and not is_physician:
-            report_problem(where, "another film of this patient is in the test part (labelled by a physician)")
+            report_problem(
+                where, LEFT_OUT + "another film of this patient is in the test part (labelled by a physician)"
+            )
+            continue
+        if record["Labels"] in ("", "nan"):
+            report_problem(where, LEFT_OUT + "no labels")
             continue
         found = parse_labels(record["Labels"])
         if found is None:
@@ -64,7 +69,9 @@ def padchest_rows(
             continue
         usable = [label for label in found if label and label not in IGNORED]
         if not usable:
-            report_problem(where, f"no label that says what the film shows: {', '.join(found) or 'none at all'}")
+            report_problem(
+                where, f"{LEFT_OUT}no label that says what the film shows: {', '.join(found) or 'none at all'}"
+            )
             continue
         findings = [label for label in usable if label != "normal"]
         labels = labels_of(where, report_problem, present=findings or [NO_FINDING])

@@ -27,8 +27,13 @@ VIEWS = {  # spellings of the public sets -> view
 }
 
 
+LEFT_OUT = "left out: "
+
+
 def raise_problem(where: str, reason: str) -> None:
-    raise ValueError(f"{where}: {reason}")
+    """Raises ValueError, but not for a `reason` that begins with `LEFT_OUT`: such rows are sound, and of no use."""
+    if not reason.startswith(LEFT_OUT):
+        raise ValueError(f"{where}: {reason}")
 
 
 def find_file(folder: str | os.PathLike, *names: str) -> Path:
@@ -207,6 +212,7 @@ class Unique:
 
 
 __all__ = [
+    "LEFT_OUT",
     "Labels",
     "Report",
     "Unique",

@@ -4,13 +4,15 @@ from pathlib import Path
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForPreTraining,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
 )
+
+# not from the top: without torchvision, transformers 5.17 has a stand-in there that refuses everything
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
 _root = Path(__file__).resolve().parent.parent
@@ -31,10 +33,7 @@ AutoModelForZeroShotImageClassification.register(MMCLIPConfig, MMCLIPModel, exis
 AutoModelForPreTraining.register(MMCLIPConfig, MMCLIPForPreTraining, exist_ok=True)
 AutoModelForImageClassification.register(MMCLIPConfig, MMCLIPForImageClassification, exist_ok=True)
 AutoProcessor.register(MMCLIPConfig, MMCLIPProcessor, exist_ok=True)
-try:
-    AutoImageProcessor.register(MMCLIPConfig, slow_image_processor_class=MMCLIPImageProcessor, exist_ok=True)
-except ImportError:  # transformers 5.17 cannot use AutoImageProcessor at all without torchvision
-    pass
+AutoImageProcessor.register(MMCLIPConfig, slow_image_processor_class=MMCLIPImageProcessor, exist_ok=True)
 
 # `save_pretrained` copies the code of these classes next to the weights (the processors register themselves)
 MMCLIPConfig.register_for_auto_class()

@@ -536,6 +536,19 @@ def _masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
     return (tokens * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
+@contextmanager
+def evaluating(model: nn.Module):
+    """Run the block in eval mode without gradients; afterwards every module is in the mode it was in before."""
+    modes = {module: module.training for module in model.modules()}  # a frozen part may be in another mode
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 class MMCLIPModel(MMCLIPPreTrainedModel):
     """Two towers and a shared space: images and reports to L2-normalised embeddings and their similarities."""
 
@@ -685,7 +698,6 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
         processor.check_tokenizer(self.config)
         self._processor = processor
 
-    @torch.no_grad()
     def encode(self, images=None, texts=None, batch_size: int = 32) -> tuple[Tensor | None, Tensor | None]:
         """X-rays and sentences to embeddings: `(image_features, text_features)`, each (count, D), L2-normalised.
 
@@ -696,7 +708,7 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
         if images is None and texts is None:
             raise ValueError("`encode` needs an image, a text or both, but got neither.")
         image_features = text_features = None
-        with self._evaluation_mode():
+        with evaluating(self):
             if images is not None:
                 images = list(images) if isinstance(images, (list, tuple)) else [images]
                 image_features = self._encode_batches(
@@ -719,16 +731,6 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
                 inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
             features.append(encode(**inputs).pooler_output)
         return torch.cat(features)
-
-    @contextmanager
-    def _evaluation_mode(self):
-        modes = {module: module.training for module in self.modules()}  # a frozen part may be in another mode
-        self.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
 
     # ------------------------------------------------------------------------------------------- from pretrained towers
 

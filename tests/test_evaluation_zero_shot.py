@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
-from MMCLIP.modeling_mmclip import MMCLIPModel
+from MMCLIP.modeling_mmclip import MMCLIPModel, evaluating
 from MMCLIP.processing_mmclip import MMCLIPImageProcessor, MMCLIPProcessor
 from PIL import Image
 from torch import nn
@@ -16,7 +16,6 @@ from MMCLIP.data.manifest import make_row, rows_to_dataset
 from MMCLIP.evaluation.metrics import UNKNOWN
 from MMCLIP.evaluation.zero_shot import (
     evaluate_zero_shot,
-    evaluating,
     label_matrix,
     prompt_embeddings,
     zero_shot_scores,

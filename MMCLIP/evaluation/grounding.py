@@ -9,9 +9,10 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..modeling_mmclip import evaluating
 from ..text.prompts import negative_prompts, positive_prompts
 from .metrics import auroc, percentile_interval, resample_patients
-from .zero_shot import evaluating, pixel_value_batches
+from .zero_shot import pixel_value_batches
 
 
 class GroundingPair(NamedTuple):

@@ -4,7 +4,6 @@ Follows CheXzero and CXR-CLIP: P(present) is the softmax over the pair (positive
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import datasets
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ..modeling_mmclip import evaluating
 from ..text.prompts import negative_prompts, positive_prompts
 from ..text.vocabulary import canonical_label, with_broader_labels
 from .metrics import UNKNOWN, classification_metrics
@@ -34,19 +34,6 @@ class ZeroShotPredictions(NamedTuple):
     def scores(self) -> np.ndarray:
         """P(present), (n, F) in [0, 1]."""
         return torch.from_numpy(self.margins).sigmoid().numpy()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the block in eval mode without gradients; afterwards every module is in the mode it was in before."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 class _Images(Dataset):

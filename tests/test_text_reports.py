@@ -1,6 +1,6 @@
 import pytest
 
-from MMCLIP.text.reports import clean_report, split_sentences
+from MMCLIP.text.reports import clean_report, report_sections, split_sentences
 
 
 def test_marks_of_removed_words_and_runs_of_blanks_go():
@@ -33,3 +33,35 @@ def test_text_of_nothing_but_marks_is_empty():
 )
 def test_sentences_end_where_a_reader_would_end_them(text, expected):
     assert [text[start:end] for start, end in split_sentences(text)] == expected
+
+
+def test_sections_are_found_by_their_headers_and_the_last_of_a_name_counts():
+    report = (
+        "                                 FINAL REPORT\n EXAMINATION:  CHEST (PA AND LAT)\n\n INDICATION:  Cough.\n \n"
+        " COMPARISON:  None.\n \n FINDINGS: \n \n Lungs are clear.\n Heart is normal.\n \n"
+        " IMPRESSION: \n \n No pneumonia.\n \n IMPRESSION:  Small nodule.\n"
+    )
+    sections = report_sections(report)
+    assert clean_report(sections["findings"]) == "Lungs are clear. Heart is normal."
+    assert (sections["impression"], sections["indication"], sections["examination"]) == (
+        "Small nodule.",
+        "Cough.",
+        "CHEST (PA AND LAT)",
+    )
+    assert "last_paragraph" not in sections
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        ("HISTORY: Cough.\n\nPORTABLE AP CHEST RADIOGRAPH: No mass.", {"indication": "Cough.", "findings": "No mass."}),
+        ("CHEST: Old film.\n\nFINDINGS: No mass.", {"findings": "No mass."}),
+        ("Findings: No mass.\nImpression : Normal.", {"findings": "No mass.", "impression": "Normal."}),
+        ("IMPRESSION: Edema.\nNOTIFICATION: Dr. A was called.", {"impression": "Edema."}),
+        ("Seen at noon.\n\nLungs: clear, no mass.", {"last_paragraph": "Lungs: clear, no mass."}),
+        ("REASON FOR EXAM: Cough.", {"indication": "Cough."}),
+        ("", {}),
+    ],
+)
+def test_sections_of_reports_that_are_written_differently(report, expected):
+    assert report_sections(report) == expected

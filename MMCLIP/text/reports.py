@@ -5,6 +5,7 @@ import re
 
 # What the public sets write in place of removed words: Open-i XXXX, MIMIC-CXR ___ and [** ... **].
 _REMOVED = re.compile(r"\[\*\*.*?\*\*\]|_{2,}|\bX{3,}\b", re.DOTALL)
+_BLANK_LINE = re.compile(r"(?<=[\w)])[ \t]*\r?\n\s*\r?\n\s*(?=\S)")
 _ABBREVIATIONS = frozenset(
     "dr mr mrs ms prof st vs cf fig figs no approx ca e.g i.e eg ie resp incl max min vol s.p a.m p.m al".split()
 )
@@ -17,10 +18,15 @@ def clean_report(text: str) -> str:
     A blank line stays a sentence border: it becomes ". " where the text before it ends without punctuation.
     Returns "" for a text that holds nothing else; whether that is an error is for the caller to say.
     """
-    text = _REMOVED.sub(" ", text)
-    text = re.sub(r"(?<=[\w)])[ \t]*\r?\n\s*\r?\n\s*(?=\S)", ". ", text)
-    text = re.sub(r"\s+", " ", text).strip()
-    return re.sub(r" +([.,;:])", r"\1", text)
+    # most reports have none of this, and looking for a character is many times as fast as the expression
+    if "_" in text or "XXX" in text or "[**" in text:
+        text = _REMOVED.sub(" ", text)
+    if "\n" in text:
+        text = _BLANK_LINE.sub(". ", text)
+    text = " ".join(text.split())
+    for sign in ".,;:":
+        text = text.replace(f" {sign}", sign)
+    return text
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:
@@ -63,12 +69,17 @@ def _append_stripped(sentences: list[tuple[int, int]], text: str, start: int, en
         sentences.append((begin, begin + len(stripped)))
 
 
-_HEADER = re.compile(r"^[ \t]*([A-Z][A-Z ()/,-]{2,}?):[ \t]*", re.MULTILINE)
+_HEADER = re.compile(
+    r"^[ \t]*([A-Z][A-Z ()/,-]{2,}?|"
+    r"(?i:findings|impression|conclusion|indication|clinical history|comparison|technique))[ \t]*:[ \t]*",
+    re.MULTILINE,
+)
+_NAME_OF_THE_FILM = re.compile(r"\b(?:chest|radiographs?|views?|frontal|portable)\b", re.IGNORECASE)
 _SECTION_NAMES = {  # header in a report -> section
     "findings": "findings",
     "finding": "findings",
     "findings and impression": "findings",
-    "chest": "findings",
+    "findings/impression": "findings",
     "impression": "impression",
     "impressions": "impression",
     "conclusion": "impression",
@@ -93,15 +104,23 @@ def report_sections(text: str) -> dict[str, str]:
 
     Keys are "findings", "impression", "indication", "comparison", "technique", "examination" where there, and
     "last_paragraph", the text after the last blank line of a report that has neither findings nor impression. Of a
-    section that occurs twice the last one that says something counts, which is how addenda are written.
+    section that occurs twice the last one that says something counts, which is how addenda are written. What follows
+    the name of the film ("PORTABLE CHEST RADIOGRAPH:") is the findings where no section is called so. The commonest
+    headers count in small letters, too ("Findings:").
     """
     sections: dict[str, str] = {}
+    of_the_film = ""
     headers = list(_HEADER.finditer(text))
-    for header, following in zip(headers, [*headers[1:], None], strict=True):
+    ends = [*(header.start() for header in headers[1:]), len(text)]
+    for header, end in zip(headers, ends, strict=False):  # without a header there is still an end
         name = _SECTION_NAMES.get(re.sub(r"\s+", " ", header[1]).strip().lower())
-        body = text[header.end() : following.start() if following else len(text)].strip()
+        body = text[header.end() : end].strip()
         if name and body:
             sections[name] = body
+        elif body and _NAME_OF_THE_FILM.search(header[1]):
+            of_the_film = body
+    if of_the_film:
+        sections.setdefault("findings", of_the_film)
     if "findings" not in sections and "impression" not in sections:
         paragraphs = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
         if paragraphs and not _HEADER.match(paragraphs[-1]):

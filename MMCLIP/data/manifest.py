@@ -16,6 +16,7 @@ A manifest is a `datasets.Dataset` with the columns of `FEATURES`:
 `split` is "train", "val", "test" or "".
 """
 
+import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Sequence
@@ -100,13 +101,20 @@ def make_row(
 
 
 def rows_to_dataset(rows: Iterable[dict], chunk_size: int = 10_000) -> datasets.Dataset:
-    """Rows of `make_row` as a dataset with `FEATURES`; only one chunk of them is held as Python objects."""
-    rows, tables = iter(rows), []
+    """Rows of `make_row` as a dataset with `FEATURES`; only one chunk of them is held as Python objects.
+
+    Its fingerprint, by which `datasets` names what it caches, depends on the content alone.
+    """
+    rows, tables = iter(rows), [FEATURES.arrow_schema.empty_table()]
+    digest = hashlib.blake2b(digest_size=8)
     while chunk := list(itertools.islice(rows, chunk_size)):
-        tables.append(pa.Table.from_pylist(chunk, schema=FEATURES.arrow_schema))
-    if not tables:
-        return datasets.Dataset.from_list([], features=FEATURES)
-    return datasets.Dataset(pa.concat_tables(tables))
+        table = pa.Table.from_pylist(chunk, schema=FEATURES.arrow_schema)
+        for column in table.columns:
+            for buffer in column.combine_chunks().buffers():
+                digest.update(b"-" if buffer is None else buffer)
+        tables.append(table)
+    # left to itself, `datasets` would pickle the whole table for this
+    return datasets.Dataset(pa.concat_tables(tables), fingerprint=digest.hexdigest())
 
 
 def check_rows(*rows: datasets.Dataset, where: str = "") -> None:

@@ -1,11 +1,13 @@
 """A table of one's own (CSV, TSV, JSON lines, Parquet) -> manifest rows."""
 
 import csv
+import functools
 import json
 import logging
 import os
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -13,7 +15,7 @@ import datasets
 from ...text.reports import clean_report
 from ...text.vocabulary import canonical_label, with_broader_labels
 from ..manifest import make_row, rows_to_dataset
-from .tables import Report, raise_problem
+from .tables import LEFT_OUT, Report, raise_problem
 
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ def read_csv_manifest(
     drop_unlabelled: bool = False,
     fully_labelled: Sequence[str] = (),
     report_problem: Report = raise_problem,
+    check_images: bool = True,
 ) -> datasets.Dataset:
     """Read a table of images, reports and labels into manifest rows, in the order of the table.
 
@@ -60,61 +63,80 @@ def read_csv_manifest(
         report_problem: Is told (where, reason) of each row that cannot be used, which is then left out: a row with
             neither text nor labels or with neither image nor text, an unknown label, a label stated two ways, a
             missing image file, a patient who is in another split on an earlier line. By default it raises.
+        check_images: Look whether the image files exist. Over a network this is the slow part of a large table.
 
     Raises ValueError naming file and line for those, and in any case for a missing or doubled column, a table that
     cannot be read, an unknown `split`, and a table of which no row is left.
     """
     path = Path(path)
     is_strict = report_problem is raise_problem
-    lines, rows = [], []
-    names = None
-    for line, record in _read_table(path):
+    folder = path.resolve().parent.name
+    lines = array("q")  # of the rows that are kept
+    patients: dict[tuple[str, str], tuple[str, int]] = {}
+    used: dict[str, set[str]] = {source: set() for source in fully_labelled}
+    splits, sources, ids = Counter(), Counter(), Counter()
+    unlabelled, missing = [], []  # (line, image path)
+
+    def kept() -> Iterator[dict]:
+        names = None
+        for line, record in _read_table(path):
+            where = f"{path}, line {line}"
+            if names is None:
+                names = _column_names(path, record.keys())
+            try:
+                row = _row(path, folder, line, record, names)
+                _check_patient(row, line, patients)
+            except _BadRow as error:
+                report_problem(where, str(error))
+                continue
+            splits[row["split"]] += 1
+            sources[row["source"]] += 1
+            if row["source"] in used:
+                used[row["source"]].update(row["present"], row["absent"], row["uncertain"])
+            image = row["image"]["path"] if row["image"] is not None else None
+            if split is not None and row["split"] != split:
+                continue
+            if not (row["report"] or row["present"] or row["absent"]):
+                unlabelled.append((line, image))
+                if not is_strict and not drop_unlabelled:
+                    report_problem(where, f"{LEFT_OUT}the row has neither a text nor labels")
+            elif check_images and image is not None and not os.path.isfile(image):
+                missing.append((line, image))
+                if not is_strict:
+                    report_problem(where, f"the image file {image!r} does not exist")
+            else:
+                lines.append(line)
+                ids[row["row_id"]] += 1
+                yield row
         if names is None:
-            names = _column_names(path, record.keys())
-        try:
-            row = _row(path, line, record, names)
-        except _BadRow as error:
-            report_problem(f"{path}, line {line}", str(error))
-            continue
-        lines.append(line)
-        rows.append(row)
-    if names is None:
-        raise ValueError(f"{path}: the manifest has no rows.")
-    lines, rows = _without(lines, rows, _patients_in_two_splits(path, lines, rows, report_problem))
-    _complete_labels(path, rows, fully_labelled)
-    if split is not None:
-        splits = Counter(row["split"] for row in rows)
-        if split not in splits:
-            raise ValueError(f"{path}: no row has split {split!r}; the splits there are {dict(splits)}.")
-        lines, rows = _without(lines, rows, {i for i, row in enumerate(rows) if row["split"] != split})
-    unlabelled = {i for i, row in enumerate(rows) if not (row["report"] or row["present"] or row["absent"])}
+            raise ValueError(f"{path}: the manifest has no rows.")
+
+    rows = rows_to_dataset(kept())
+    num_rows = len(rows) + len(unlabelled) + len(missing)
+    if split is not None and split not in splits:
+        raise ValueError(f"{path}: no row has split {split!r}; the splits there are {dict(splits)}.")
     if unlabelled and is_strict and not drop_unlabelled:
         raise ValueError(
-            f"{path}: {len(unlabelled)} of {len(rows)} rows have neither text nor labels, the first on line "
-            f"{lines[min(unlabelled)]}. Complete them, or pass drop_unlabelled=True to leave them out."
+            f"{path}: {len(unlabelled)} of {num_rows} rows have neither text nor labels, the first on line "
+            f"{unlabelled[0][0]}. Complete them, or pass drop_unlabelled=True to leave them out."
         )
-    if drop_unlabelled and unlabelled:
-        logger.warning("%s: left out %d of %d rows with neither text nor labels.", path, len(unlabelled), len(rows))
-    elif unlabelled:
-        for index in sorted(unlabelled):
-            report_problem(f"{path}, line {lines[index]}", "the row has neither a text nor labels")
-    lines, rows = _without(lines, rows, unlabelled)
-    lines, rows = _without(lines, rows, _missing_images(path, lines, rows, report_problem))
-    if not rows:
+    if unlabelled and drop_unlabelled:
+        logger.warning("%s: left out %d of %d rows with neither text nor labels.", path, len(unlabelled), num_rows)
+    if missing and is_strict:
+        raise ValueError(
+            f"{path}: {len(missing)} of {num_rows} image files do not exist, the first on line {missing[0][0]}: "
+            f"{missing[0][1]!r}. Paths are relative to the folder of the manifest."
+        )
+    if not len(rows):
         raise ValueError(f"{path}: no row is left to use. Check `split` and the labels.")
-    _tell_apart(lines, rows)
-    return rows_to_dataset(rows)
+    for source in used:
+        if source not in sources:
+            logger.warning("%s: fully_labelled names the source %r, of which there is no row.", path, source)
+    return _completed(rows, lines, ids, used)
 
 
 class _BadRow(ValueError):
     """Why one row cannot be used."""
-
-
-def _without(lines: list[int], rows: list[dict], left_out: set[int]) -> tuple[list[int], list[dict]]:
-    if not left_out:
-        return lines, rows
-    kept = [index for index in range(len(rows)) if index not in left_out]
-    return [lines[index] for index in kept], [rows[index] for index in kept]
 
 
 def _read_table(path: Path) -> Iterator[tuple[int, dict]]:
@@ -192,7 +214,7 @@ def _column_names(path: Path, columns: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _row(path: Path, line: int, record: dict, names: dict[str, str]) -> dict:
+def _row(path: Path, folder: str, line: int, record: dict, names: dict[str, str]) -> dict:
     def value(ours: str) -> str:
         found = record[names[ours]] if ours in names else None
         return "" if found is None else str(found).strip()
@@ -200,78 +222,56 @@ def _row(path: Path, line: int, record: dict, names: dict[str, str]) -> dict:
     stated: dict[str, str] = {}
     labels: dict[str, list[str]] = {}
     for column in ("present", "absent", "uncertain"):
-        labels[column] = _labels(record.get(names.get(column)))
+        field = record.get(names.get(column))
+        labels[column] = list(_labels(tuple(field.split(";") if isinstance(field, str) else field or ())))
         for label in labels[column]:
             if stated.setdefault(label, column) != column:
                 raise _BadRow(f"{label!r} is both {stated[label]} and {column}; keep one of them.")
     image, report = value("image"), clean_report(value("report"))
     if not image and not report:
         raise _BadRow("the row has neither an image nor a text. Drop it.")
-    folder = path.resolve().parent.name
     return make_row(
         value("row_id") or (f"{folder}/{image}" if image else f"{folder}/{path.name}:{line}"),
-        (path.parent / image).as_posix() if image else None,
+        os.path.join(path.parent, image) if image else None,
         report=report or None,
         **labels,
         **{name: value(name) for name in ("patient_id", "study_id", "view", "split", "source")},
     )
 
 
-def _labels(field: str | Sequence[str] | None) -> list[str]:
-    names: Iterable[str] = field.split(";") if isinstance(field, str) else field or ()
+@functools.lru_cache(maxsize=100_000)
+def _labels(names: tuple[str, ...]) -> tuple[str, ...]:
     try:
-        return list(dict.fromkeys(canonical_label(name) for name in names if name.strip()))
+        return tuple(dict.fromkeys(canonical_label(name) for name in names if name.strip()))
     except ValueError as error:
         raise _BadRow(str(error)) from error
 
 
-def _patients_in_two_splits(path: Path, lines: list[int], rows: list[dict], report_problem: Report) -> set[int]:
-    first: dict[tuple[str, str], tuple[str, int]] = {}
-    found = set()
-    for index, (line, row) in enumerate(zip(lines, rows, strict=True)):
-        if row["patient_id"]:
-            split, first_line = first.setdefault((row["source"], row["patient_id"]), (row["split"], line))
-            if split != row["split"]:
-                found.add(index)
-                report_problem(
-                    f"{path}, line {line}",
-                    f"patient {row['patient_id']!r} is in split {row['split']!r} here and in {split!r} on line "
-                    f"{first_line}. Split by patient, not by image.",
-                )
-    return found
+def _check_patient(row: dict, line: int, patients: dict[tuple[str, str], tuple[str, int]]) -> None:
+    if row["patient_id"]:
+        split, first_line = patients.setdefault((row["source"], row["patient_id"]), (row["split"], line))
+        if split != row["split"]:
+            raise _BadRow(
+                f"patient {row['patient_id']!r} is in split {row['split']!r} here and in {split!r} on line "
+                f"{first_line}. Split by patient, not by image."
+            )
 
 
-def _complete_labels(path: Path, rows: list[dict], fully_labelled: Sequence[str]) -> None:
-    for source in fully_labelled:
-        own = [row for row in rows if row["source"] == source]
-        if not own:
-            logger.warning("%s: fully_labelled names the source %r, of which there is no row.", path, source)
-        used = sorted({label for row in own for label in (*row["present"], *row["absent"], *row["uncertain"])})
-        for row in own:
-            if row["present"] or row["absent"]:
-                stated = {*with_broader_labels(row["present"]), *row["absent"], *row["uncertain"]}
-                row["absent"] += [label for label in used if label not in stated]
+def _completed(rows: datasets.Dataset, lines: array, ids: Counter, used: dict[str, set[str]]) -> datasets.Dataset:
+    """What depends on the whole table: absent labels of fully labelled sources, and ids for rows that share a file."""
+    if not used and len(ids) == len(rows):
+        return rows
 
+    def completed() -> Iterator[dict]:
+        start = 0
+        for table in rows.with_format("arrow").iter(batch_size=10_000):
+            for line, row in zip(lines[start : start + table.num_rows], table.to_pylist(), strict=True):
+                if ids[row["row_id"]] > 1 and row["image"] is not None:
+                    row["row_id"] += f"#{line}"
+                if row["present"] or row["absent"]:
+                    stated = {*with_broader_labels(row["present"]), *row["absent"], *row["uncertain"]}
+                    row["absent"] += sorted(used.get(row["source"], set()) - stated)
+                yield row
+            start += table.num_rows
 
-def _missing_images(path: Path, lines: list[int], rows: list[dict], report_problem: Report) -> set[int]:
-    missing = [
-        index for index, row in enumerate(rows) if row["image"] is not None and not os.path.isfile(row["image"]["path"])
-    ]
-    if missing and report_problem is raise_problem:
-        raise ValueError(
-            f"{path}: {len(missing)} of {len(rows)} image files do not exist, the first on line {lines[missing[0]]}: "
-            f"{rows[missing[0]]['image']['path']!r}. Paths are relative to the folder of the manifest."
-        )
-    for index in missing:
-        report_problem(
-            f"{path}, line {lines[index]}", f"the image file {rows[index]['image']['path']!r} does not exist"
-        )
-    return set(missing)
-
-
-def _tell_apart(lines: list[int], rows: list[dict]) -> None:
-    """Rows that show the same file get different ids."""
-    times = Counter(row["row_id"] for row in rows)
-    for line, row in zip(lines, rows, strict=True):
-        if times[row["row_id"]] > 1 and row["image"] is not None:
-            row["row_id"] += f"#{line}"
+    return rows_to_dataset(completed())

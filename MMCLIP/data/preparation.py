@@ -8,7 +8,6 @@ name and renamed. So a run that is killed goes on where it was, and nothing is l
 import csv
 import dataclasses
 import hashlib
-import inspect
 import io
 import itertools
 import json
@@ -16,11 +15,10 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -31,47 +29,25 @@ from tqdm.auto import tqdm
 
 from ..image_processing_mmclip import load_shrunk
 from ..text.entities import LexiconRecognizer
-from .manifest import FEATURES, rows_to_dataset
-from .prepared import INFO_FILE, PREPARED_FEATURES, SPLITS
-from .readers import LEFT_OUT, SOURCES, read_csv_manifest, source_rows
+from .indexing import (
+    INDEX_FILE,
+    PHANTOM,
+    PROBLEMS_FILE,
+    PreparationOptions,
+    check_indexes,
+    drawer,
+    is_left_out,
+    write_index,
+)
+from .prepared import INFO_FILE, PREPARED_FEATURES, SPLITS, shards
+from .readers import LEFT_OUT
 from .readers.overlaps import known_overlaps
-from .readers.tables import hashed_share
-from .summary import write_contact_sheets, write_summary
+from .summary import SourceCounts, write_contact_sheets, write_summary
 
 
 logger = logging.getLogger(__name__)
-WORK = "work"  # the index, and what is known of each chunk
-TABLES = ("metadata", "manifest")
-FRONTAL = ("PA", "AP", "")  # a view that is not known may be frontal
-MIN_BAD = 3  # a few bad files in a small source are no reason to fail
-
-
-@dataclass(frozen=True)
-class PreparationOptions:
-    """What the prepared rows depend on; a run into a folder that was begun with others is refused.
-
-    shorter_side: pixels of the stored images, which are never enlarged; image_format: "jpeg" (with `quality`) or "png";
-    views: "frontal" leaves out rows whose view is known to be another, "all" keeps them; val_share, test_share: of the
-    patients of a source that has no split; seed: of that draw; rows_per_shard: rows of one chunk.
-    """
-
-    shorter_side: int = 256
-    image_format: str = "jpeg"
-    quality: int = 95
-    views: str = "frontal"
-    val_share: float = 0.05
-    test_share: float = 0.0
-    seed: int = 0
-    rows_per_shard: int = 500
-
-    def __post_init__(self):
-        for name, allowed in (("image_format", ("jpeg", "png")), ("views", ("frontal", "all"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}.")
-        if self.shorter_side < 1 or self.rows_per_shard < 1 or not 1 <= self.quality <= 100:
-            raise ValueError("shorter_side and rows_per_shard must be positive, quality between 1 and 100.")
-        if min(self.val_share, self.test_share) < 0 or self.val_share + self.test_share >= 1:
-            raise ValueError("val_share and test_share must not be negative, and leave something to train on.")
+WORK = ".work"  # the index, and what is known of each chunk; `datasets` looks into no folder with a dot
+QUARANTINE_FILE = "quarantine.csv"
 
 
 def prepare(
@@ -83,63 +59,92 @@ def prepare(
     num_proc: int | None = None,
     max_bad_share: float = 0.01,
     duplicates: str = "error",
+    retry_bad: bool = False,
 ) -> Path:
     """Prepare `sources` (name -> folder, table, or number of phantoms) into `output_dir`; returns its summary.
 
     Writes `SPLIT/NAME-NUMBER.parquet`, `quarantine.csv`, `summary.md`, `sheet-NAME.png` and, at the very end,
-    `preparation.json`. Raises ValueError, after all that but the last is written, when of a source more than
-    `max_bad_share` (and more than a few files) could not be used, when a patient is in two splits, or when the same
-    picture is: `duplicates="drop"` then keeps the copy in test before val before train and quarantines the others.
+    `preparation.json`; `num_proc` processes work at it, one a core when None. A run into a folder that was begun goes
+    on; `retry_bad` then also does those chunks again in which a row could not be used.
+
+    Raises ValueError when a patient is in two splits, when of a source more than `max_bad_share` cannot be used (after
+    the index, for what its table says, and at the end), and when the same picture is in two splits:
+    `duplicates="drop"` keeps the copy in test before val before train instead, and quarantines the others.
     """
-    options = options or PreparationOptions()
+    options, source_options = options or PreparationOptions(), source_options or {}
     if duplicates not in ("error", "drop"):
         raise ValueError(f"duplicates is {duplicates!r}, expected 'error' or 'drop'.")
+    if not 0 <= max_bad_share <= 1:
+        raise ValueError(f"max_bad_share is {max_bad_share}, expected a share in [0, 1].")
     if not sources:
         raise ValueError("Nothing to prepare: give at least one source.")
+    for name in sources:
+        if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
+            raise ValueError(f"The name {name!r} of a source is part of file names; use letters, digits, - _ and dots.")
+    # a run that goes on may be started in another folder
+    sources = {name: place if name == PHANTOM else os.path.abspath(place) for name, place in sources.items()}
     output_dir = Path(output_dir)
     work = output_dir / WORK
     work.mkdir(parents=True, exist_ok=True)
-    (output_dir / INFO_FILE).unlink(missing_ok=True)  # until the end, the folder is not to be trained on
-    _same_options(work / "options.json", sources, source_options or {}, options)
+    with _alone(work / "lock"):
+        recognizer = LexiconRecognizer()
+        _same_options(work / "options.json", sources, source_options, options, recognizer.fingerprint)
+        (output_dir / INFO_FILE).unlink(missing_ok=True)  # until the end, the folder is not to be trained on
+        for left_behind in output_dir.rglob("*.tmp"):
+            left_behind.unlink()
+        warnings = _index(output_dir, sources, source_options, options, max_bad_share)
 
-    for name, place in sources.items():
-        _write_index(work, name, place, (source_options or {}).get(name, {}), options)
-    start = time.time()
-    num_images = _run_chunks(output_dir, sources, options, num_proc or os.cpu_count() or 1)
-    seconds = time.time() - start
-    splits = {name: _splits_of(output_dir, name) for name in sources}
-    for sentence in known_overlaps(
-        [name for name, found in splits.items() if "train" in found],
-        [name for name, found in splits.items() if found & {"val", "test"}],
-    ):
-        logger.warning(sentence)
-
-    problems = _separate_splits(output_dir, sources, duplicates)
-    quarantined = _write_quarantine(output_dir, sources)
-    write_summary(output_dir, sources, options, quarantined, _left_out(work, sources), num_images, seconds)
-    write_contact_sheets(output_dir, sources)
-    for name, (bad, total) in quarantined.items():
-        if bad > max(MIN_BAD, max_bad_share * total):
-            problems.append(f"of {name}, {bad} of {total} rows could not be used (at most {max_bad_share:.1%} may)")
-    if problems:
-        raise ValueError(
-            f"{output_dir} is not fit for training: {'; '.join(problems)}. Look into quarantine.csv, mend the source "
-            "or raise max_bad_share, and run again; what is done is kept."
-        )
-    info = {
-        "options": dataclasses.asdict(options),
-        "sources": list(sources),
-        "entities": LexiconRecognizer().fingerprint,
-    }
-    _write_atomically(output_dir / INFO_FILE, json.dumps(info, indent=2).encode())
+        start = time.time()
+        num_rows = _run_chunks(output_dir, sources, source_options, options, num_proc or os.cpu_count() or 1, retry_bad)
+        seconds = time.time() - start
+        problems = _separate_pictures(output_dir, sources, duplicates)
+        counts = _write_quarantine(output_dir, sources)
+        write_summary(output_dir, options, counts, warnings, num_rows, seconds)
+        write_contact_sheets(output_dir, sources)
+        problems += _too_many_bad(counts, max_bad_share)
+        if problems:
+            raise ValueError(
+                f"{output_dir} is not fit for training: {'; '.join(problems)}. {QUARANTINE_FILE} has the reasons. What "
+                "is done is kept: raise max_bad_share, or mend the files and run again with retry_bad. For a table "
+                "that you mend, take a new folder."
+            )
+        info = {
+            "options": dataclasses.asdict(options),
+            "sources": list(sources),
+            "entities": recognizer.fingerprint,
+        }
+        _write_atomically(output_dir / INFO_FILE, json.dumps(info, indent=2).encode())
     return output_dir / "summary.md"
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """No second run in this folder; the lock goes with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path.parent.parent}: another run is preparing this folder; wait for its end.") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 # -------------------------------------------------------------------------------------------------------------- index
 
 
-def _same_options(path: Path, sources, source_options, options: PreparationOptions) -> None:
-    asked = {"sources": sources, "source_options": source_options, **dataclasses.asdict(options)}
+def _same_options(path: Path, sources, source_options, options: PreparationOptions, fingerprint: str) -> None:
+    asked = {
+        "sources": sources,
+        "source_options": source_options,
+        **dataclasses.asdict(options),
+        "entities": fingerprint,
+    }
     if path.is_file():
         begun = json.loads(path.read_text(encoding="utf-8"))
         different = sorted(key for key in asked if asked[key] != begun.get(key))
@@ -152,132 +157,57 @@ def _same_options(path: Path, sources, source_options, options: PreparationOptio
         _write_atomically(path, json.dumps(asked, indent=2).encode())
 
 
-def _write_index(work: Path, name: str, place: str, given: dict[str, str], options: PreparationOptions) -> None:
-    """The rows of one source, in the order of its reader, with a split each; what cannot be used goes beside it."""
-    folder = work / name
-    if (folder / "index.parquet").is_file():
-        return
-    folder.mkdir(exist_ok=True)
-    bad: list[tuple[str, str]] = []
-    left_out = Counter()
-
-    def kept() -> Iterator[dict]:
-        ids: set[str] = set()
-        for row in _source(name, place, given, options, lambda where, reason: bad.append((where, reason))):
-            if row["row_id"] in ids:
-                bad.append((row["row_id"], "this row_id occurs twice"))
-                continue
-            ids.add(row["row_id"])
-            if options.views == "frontal" and row["view"].split(" ")[0] not in FRONTAL:
-                left_out[f"view {row['view']}"] += 1
-                continue
-            row["source"] = row["source"] or name
-            row["split"] = _split(row, options)
-            yield row
-
-    rows = rows_to_dataset(kept())
-    if not len(rows):
-        reason = f"the first problem is {bad[0][0]}: {bad[0][1]}" if bad else "the source is empty"
-        raise ValueError(f"{name}={place}: no row is left to prepare; {reason}.")
-    _write_atomically(folder / "problems.json", json.dumps({"bad": bad, "left_out": left_out}).encode())
-    sink = folder / f"index.{os.getpid()}.tmp"
-    with pq.ParquetWriter(sink, FEATURES.arrow_schema) as writer:
-        for batch in rows.with_format("arrow").iter(batch_size=options.rows_per_shard):
-            writer.write_table(batch, row_group_size=options.rows_per_shard)  # a row group is a chunk
-    os.replace(sink, folder / "index.parquet")
-
-
-def _source(name: str, place: str, given: dict[str, str], options: PreparationOptions, report) -> Iterator[dict]:
-    if name in SOURCES:
-        yield from source_rows(name, place, report_problem=report, **given)
-    elif name == "phantom":
-        yield from _phantoms(place, given)
-    else:
-        table = _table_of(name, place)
-        arguments = _typed(read_csv_manifest, given, name, skip=("path", "split", "report_problem"))
-        yield from read_csv_manifest(table, report_problem=report, **arguments)
-
-
-def _phantoms(number: str, given: dict[str, str]) -> Iterator[dict]:
-    from .phantom import phantom_dataset
-
-    if not str(number).isdigit():
-        raise ValueError(f"phantom={number}: expected the number of made-up radiographs.")
-    arguments = _typed(phantom_dataset, given, "phantom", skip=("num_images", "split", "num_proc"))
-    for row in phantom_dataset(int(number), **arguments):
-        yield {**row, "split": ""}  # they are all of one stream, so they are shared out here
-
-
-def _table_of(name: str, place: str) -> Path:
-    path = Path(place)
-    if path.is_file():
-        return path
-    for stem, ending in itertools.product(TABLES, (".csv", ".tsv", ".jsonl", ".parquet")):
-        if (path / f"{stem}{ending}").is_file():
-            return path / f"{stem}{ending}"
-    raise ValueError(
-        f"{name}={place}: {name!r} is no public data set known here ({', '.join(SOURCES)}), and there is neither a "
-        f"table of that name nor a folder with {' or '.join(f'{stem}.csv' for stem in TABLES)}."
-    )
-
-
-def _typed(function, given: dict[str, str], name: str, skip: tuple[str, ...]) -> dict:
-    """Options as text to the types of the function's defaults; a list is written with commas."""
-    known = {key: item.default for key, item in inspect.signature(function).parameters.items() if key not in skip}
-    if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"{name} knows no option {', '.join(unknown)}; its options are {', '.join(known)}.")
-    return {key: convert(value, known[key], f"{name}.{key}") for key, value in given.items()}
-
-
-def convert(text: str, default, where: str):
-    """A text to the type of `default`. Raises ValueError naming `where`."""
-    if isinstance(default, bool):
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"{where} is {text!r}, expected true or false.")
-        return text.lower() == "true"
-    if isinstance(default, (list, tuple)):
-        return tuple(part for part in text.split(",") if part)
+def _index(output_dir: Path, sources, source_options, options: PreparationOptions, max_bad_share: float) -> list[str]:
+    """Write the indexes that are not there and check all of them; returns warnings."""
+    folders = {name: output_dir / WORK / name for name in sources}
+    for name, place in sources.items():
+        if not (folders[name] / INDEX_FILE).is_file():
+            write_index(folders[name], name, place, source_options.get(name), options)
     try:
-        return text if default is None else type(default)(text)
-    except ValueError as error:
-        raise ValueError(f"{where} is {text!r}, expected {type(default).__name__}.") from error
-
-
-def _split(row: dict, options: PreparationOptions) -> str:
-    if row["split"]:
-        if row["split"] not in SPLITS:
+        sources_of = check_indexes(folders)
+        if problems := _too_many_bad(_write_quarantine(output_dir, sources), max_bad_share):
             raise ValueError(
-                f"row {row['row_id']!r} has the split {row['split']!r}, expected {', '.join(SPLITS)} or ''."
+                f"{'; '.join(problems)}. {output_dir / QUARANTINE_FILE} has the reasons. Mend the table, or raise "
+                "max_bad_share."
             )
-        return row["split"]
-    share = hashed_share(str(options.seed), row["source"], row["patient_id"] or row["row_id"])
-    if share < options.test_share:
-        return "test"
-    return "val" if share < options.test_share + options.val_share else "train"
+    except ValueError:
+        for folder in folders.values():  # so that a mended table is read again, unless work was built on this one
+            if not any(folder.glob("chunk-*.json")):
+                (folder / INDEX_FILE).unlink()
+        raise
+    warnings = known_overlaps(sources_of["train"], sorted(sources_of["val"] | sources_of["test"]))
+    for sentence in warnings:
+        logger.warning(sentence)
+    return warnings
 
 
 # ------------------------------------------------------------------------------------------------------------- chunks
 
 
-def _run_chunks(output_dir: Path, sources, options: PreparationOptions, num_proc: int) -> int:
+def _run_chunks(output_dir: Path, sources, source_options, options: PreparationOptions, num_proc: int, retry: bool):
     """Prepare every chunk that is not done, on `num_proc` processes; returns how many rows that were."""
     tasks, done, total = [], 0, 0
-    for name in sources:
-        index = pq.ParquetFile(output_dir / WORK / name / "index.parquet")
+    for name, place in sources.items():
+        draw = drawer(name, place, source_options.get(name, {}))
+        index = pq.ParquetFile(output_dir / WORK / name / INDEX_FILE).metadata
         for number in range(index.num_row_groups):
-            num_rows = index.metadata.row_group(number).num_rows
+            num_rows = index.row_group(number).num_rows
             total += num_rows
-            if _marker(output_dir, name, number).is_file():
+            if _is_done(_marker(output_dir, name, number), retry):
                 done += num_rows
             else:
-                tasks.append((output_dir, name, number, options))
+                tasks.append((output_dir, name, number, options, draw))
     with tqdm(total=total, initial=done, unit="img", desc="preparing", smoothing=0.05) as bar:
         if num_proc == 1 or len(tasks) <= 1:
             for task in tasks:
                 bar.update(_prepare_chunk(*task))
-        elif tasks:
+        else:
             _run_in_processes(tasks, min(num_proc, len(tasks)), bar)
     return total - done
+
+
+def _is_done(marker: Path, retry: bool) -> bool:
+    return marker.is_file() and not (retry and any(not is_left_out(reason) for *_, reason in _noted(marker)["bad"]))
 
 
 def _run_in_processes(tasks: list[tuple], num_proc: int, bar) -> None:
@@ -285,20 +215,23 @@ def _run_in_processes(tasks: list[tuple], num_proc: int, bar) -> None:
     waiting = iter(tasks)
     with ProcessPoolExecutor(num_proc, context, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
         running = {pool.submit(_prepare_chunk, *task): task for task in itertools.islice(waiting, 2 * num_proc)}
-        while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                task = running.pop(future)
-                try:
+        try:
+            while running:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    task = running.pop(future)
                     bar.update(future.result())
-                except BrokenProcessPool as error:
-                    names = ", ".join(f"{name} {number}" for _, name, number, _ in [task, *running.values()])
-                    raise RuntimeError(
-                        f"A worker process died (out of memory, or a decoder that crashed) in one of the chunks {names}."
-                        " Run again: what is done is kept. If it dies again, run with --num_proc 1: the file it stops "
-                        "at is the one to take out."
-                    ) from error
-                if (task := next(waiting, None)) is not None:
-                    running[pool.submit(_prepare_chunk, *task)] = task
+                    if (following := next(waiting, None)) is not None:
+                        running[pool.submit(_prepare_chunk, *following)] = following
+        except BrokenProcessPool as error:
+            names = ", ".join(f"{name} {number}" for _, name, number, *_ in [task, *running.values()])
+            raise RuntimeError(
+                f"A worker process died (out of memory, or a decoder that crashed) in one of the chunks {names}. Run "
+                "again: what is done is kept. If it dies again, run with --num_proc 1: the file it stops at is the one "
+                "to take out."
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _start_worker(parent: int) -> None:
@@ -316,32 +249,40 @@ def _marker(output_dir: Path, name: str, number: int) -> Path:
     return output_dir / WORK / name / f"chunk-{number:05d}.json"
 
 
-def shard_name(name: str, number: int) -> str:
-    return f"{name}-{number:05d}.parquet"
+def _noted(marker: Path) -> dict:
+    return json.loads(marker.read_text(encoding="utf-8"))
 
 
-def _prepare_chunk(output_dir: Path, name: str, number: int, options: PreparationOptions) -> int:
+def _prepare_chunk(
+    output_dir: Path, name: str, number: int, options: PreparationOptions, draw: Callable[[dict], dict] | None
+) -> int:
     """One chunk of an index to its shards and its marker; returns its number of rows."""
-    table = pq.ParquetFile(output_dir / WORK / name / "index.parquet").read_row_group(number)
+    table = pq.ParquetFile(output_dir / WORK / name / INDEX_FILE).read_row_group(number)
     recognizer = LexiconRecognizer()
     rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
     bad = []
     for row in table.to_pylist():
         try:
-            rows[row["split"]].append(_prepare_row(row, recognizer, options))
+            prepared = prepare_row(row if draw is None else draw(row), recognizer, options)
+            rows[row["split"]].append(prepared)
         except ValueError as error:
-            bad.append((row["row_id"], str(error)))
+            file = (row["image"] or {}).get("path") or ""
+            bad.append((file, row["row_id"], str(error).removeprefix(f"{file}: ")))
     for split, prepared in rows.items():
+        path = output_dir / split / f"{name}-{number:05d}.parquet"
         if prepared:
-            write_shard(
-                output_dir / split / shard_name(name, number),
-                pa.Table.from_pylist(prepared, schema=PREPARED_FEATURES.arrow_schema),
-            )
+            _write_shard(path, pa.Table.from_pylist(prepared, schema=PREPARED_FEATURES.arrow_schema))
+        else:
+            path.unlink(missing_ok=True)  # of an earlier try
     _write_atomically(_marker(output_dir, name, number), json.dumps({"rows": table.num_rows, "bad": bad}).encode())
     return table.num_rows
 
 
-def _prepare_row(row: dict, recognizer: LexiconRecognizer, options: PreparationOptions) -> dict:
+def prepare_row(row: dict, recognizer: LexiconRecognizer, options: PreparationOptions) -> dict:
+    """A manifest row -> one of `PREPARED_FEATURES`: image, masks and boxes shrunk, entities found.
+
+    Raises ValueError for an image or mask that cannot be read.
+    """
     row["entities"] = [entity._asdict() for entity in recognizer(row["report"])] if row["report"] else []
     if row["image"] is None:
         return {**row, "original_width": None, "original_height": None, "pixel_hash": ""}
@@ -369,11 +310,17 @@ def _encode(picture: Image.Image, options: PreparationOptions) -> bytes:
 
 
 def _shrink_mask(png: bytes, size: tuple[int, int]) -> bytes:
-    mask = Image.open(io.BytesIO(png))
+    """A mask is where at least half of a pixel was mask; one so small that nothing would be left is where any was."""
+    try:
+        mask = Image.open(io.BytesIO(png)).convert("L").point(lambda value: 255 * (value > 0))
+    except OSError as error:
+        raise ValueError(f"a mask cannot be read: {error}") from error
     if mask.size == size:
         return png
+    share = mask.resize(size, Image.Resampling.BOX)
+    least = 127 if share.getextrema()[1] > 127 else 0
     file = io.BytesIO()
-    mask.convert("L").resize(size, Image.Resampling.NEAREST).save(file, "PNG", compress_level=1)
+    share.point(lambda value: 255 * (value > least)).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
@@ -387,105 +334,92 @@ def _scale_box(box: dict, horizontal: float, vertical: float) -> dict:
     }
 
 
-def write_shard(path: Path, table: pa.Table) -> None:
+def _write_shard(path: Path, table: pa.Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    sink = pa.BufferOutputStream()
     # pictures are compressed already; small row groups let a stream begin before a shard is read
-    pq.write_table(table, temporary, row_group_size=100, compression="zstd", compression_level=1)
-    os.replace(temporary, path)
+    pq.write_table(table, sink, row_group_size=100, compression="zstd", compression_level=1)
+    _write_atomically(path, sink.getvalue())
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_bytes(content)
+def _write_atomically(path: Path, content) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # so that a power cut leaves no empty file under the right name
     os.replace(temporary, path)
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-def _splits_of(output_dir: Path, name: str) -> set[str]:
-    return {split for split in SPLITS if any((output_dir / split).glob(f"{name}-[0-9]*.parquet"))}
-
-
-def _separate_splits(output_dir: Path, sources, duplicates: str) -> list[str]:
-    """No patient of one source, and no picture, in two splits; returns what is wrong."""
-    patients: dict[tuple[str, str], str] = {}
+def _separate_pictures(output_dir: Path, sources, duplicates: str) -> list[str]:
+    """No picture in two splits; returns what is wrong."""
     pictures: dict[str, tuple[str, str]] = {}  # pixel hash -> split and row that keep it
-    shared_patients, copies = 0, {}
+    copies: dict[Path, dict[str, str]] = {}
     for split in reversed(SPLITS):  # test keeps its pictures before val, val before train
-        for name in sources:
-            for path in sorted((output_dir / split).glob(f"{name}-[0-9]*.parquet")):
-                columns = pq.read_table(path, columns=["row_id", "source", "patient_id", "pixel_hash"])
-                for row in columns.to_pylist():
-                    if row["patient_id"]:
-                        shared_patients += patients.setdefault((row["source"], row["patient_id"]), split) != split
-                    if row["pixel_hash"]:
-                        kept_in, kept = pictures.setdefault(row["pixel_hash"], (split, row["row_id"]))
-                        if kept_in != split:
-                            copies.setdefault(path, {})[row["row_id"]] = (
-                                f"{LEFT_OUT}the same picture as {kept} of split {kept_in}"
-                            )
-    problems = []
-    if shared_patients:
-        problems.append(f"{shared_patients} rows are of patients who are in two splits")
-    num_copies = sum(map(len, copies.values()))
-    if num_copies and duplicates == "error":
-        path, found = next(iter(copies.items()))
-        row, reason = next(iter(found.items()))
-        problems.append(
-            f"{num_copies} pictures are in two splits, for example {row!r} in {path.parent.name}, {reason} "
-            '(duplicates="drop" takes them out)'
-        )
-    elif num_copies:
+        for path in (path for name in sources for path in shards(output_dir, split, name)):
+            for row in pq.read_table(path, columns=["row_id", "pixel_hash"]).to_pylist():
+                if row["pixel_hash"]:
+                    kept_in, kept = pictures.setdefault(row["pixel_hash"], (split, row["row_id"]))
+                    if kept_in != split:
+                        reason = f"{LEFT_OUT}the same picture as {kept} of split {kept_in}"
+                        copies.setdefault(path, {})[row["row_id"]] = reason
+    if duplicates == "drop":
         for path, found in copies.items():
             _drop_rows(output_dir, path, found)
-    return problems
+    elif copies:
+        path, found = next(iter(copies.items()))
+        row_id, reason = next(iter(found.items()))
+        return [
+            f"{sum(map(len, copies.values()))} pictures are in two splits, for example {row_id!r} in "
+            f"{path.parent.name}: {reason.removeprefix(LEFT_OUT)} (--duplicates drop takes them out)"
+        ]
+    return []
 
 
 def _drop_rows(output_dir: Path, path: Path, reasons: dict[str, str]) -> None:
     """Take rows out of a shard; first they are noted at their chunk, so that a killed run knows of them."""
-    name, number = path.stem.rsplit("-", 1)
+    name, _, number = path.stem.rpartition("-")
     marker = _marker(output_dir, name, int(number))
-    noted = json.loads(marker.read_text(encoding="utf-8"))
-    noted["bad"] += [item for item in reasons.items() if list(item) not in noted["bad"]]
+    noted = _noted(marker)
+    noted["bad"] = [problem for problem in noted["bad"] if problem[1] not in reasons]
+    noted["bad"] += [("", row_id, reason) for row_id, reason in reasons.items()]
     _write_atomically(marker, json.dumps(noted).encode())
     table = pq.read_table(path)
-    keep = pa.array([row_id not in reasons for row_id in table["row_id"].to_pylist()])
-    table = table.filter(keep)
+    table = table.filter(pa.array([row_id not in reasons for row_id in table["row_id"].to_pylist()]))
     if table.num_rows:
-        write_shard(path, table)
+        _write_shard(path, table)
     else:
         path.unlink()
 
 
-def _notes(output_dir: Path, name: str) -> Iterator[dict]:
-    for marker in sorted((output_dir / WORK / name).glob("chunk-*.json")):
-        yield json.loads(marker.read_text(encoding="utf-8"))
-
-
-def _write_quarantine(output_dir: Path, sources) -> dict[str, tuple[int, int]]:
-    """`quarantine.csv` of all that could not be used; returns source -> (how many, of how many).
-
-    Rows that a reader left out on purpose are listed, and not counted.
-    """
+def _write_quarantine(output_dir: Path, sources) -> dict[str, SourceCounts]:
+    """`quarantine.csv` of all that could not be used or was left out, but not the views; returns the counts."""
     counts = {}
-    temporary = output_dir / "quarantine.tmp"
+    temporary = output_dir / f"{QUARANTINE_FILE}.tmp"
     with temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["source", "where", "reason"])
+        writer.writerow(["source", "file", "row_id", "reason"])
         for name in sources:
-            problems = json.loads((output_dir / WORK / name / "problems.json").read_text(encoding="utf-8"))
-            notes = list(_notes(output_dir, name))
-            bad = problems["bad"] + [item for note in notes for item in note["bad"]]
-            writer.writerows([name, where, reason] for where, reason in bad)
-            total = len(problems["bad"]) + sum(note["rows"] for note in notes)
-            counts[name] = (sum(not reason.startswith(LEFT_OUT) for _, reason in bad), total)
-    os.replace(temporary, output_dir / "quarantine.csv")
+            folder = output_dir / WORK / name
+            in_table = json.loads((folder / PROBLEMS_FILE).read_text(encoding="utf-8"))
+            in_chunks = [problem for path in sorted(folder.glob("chunk-*.json")) for problem in _noted(path)["bad"]]
+            problems = in_table["bad"] + in_chunks
+            writer.writerows([name, *problem] for problem in problems)
+            left_out = dict(in_table["left_out"])
+            if from_purpose := sum(is_left_out(reason) for *_, reason in problems):
+                left_out[f"for the reasons in {QUARANTINE_FILE}"] = from_purpose
+            indexed = pq.ParquetFile(folder / INDEX_FILE).metadata.num_rows
+            counts[name] = SourceCounts(indexed - len(in_chunks), len(problems) - from_purpose, left_out)
+    os.replace(temporary, output_dir / QUARANTINE_FILE)
     return counts
 
 
-def _left_out(work: Path, sources) -> dict[str, dict[str, int]]:
-    return {
-        name: json.loads((work / name / "problems.json").read_text(encoding="utf-8"))["left_out"] for name in sources
-    }
+def _too_many_bad(counts: dict[str, SourceCounts], max_bad_share: float) -> list[str]:
+    return [
+        f"of {name}, {found.bad} of {found.bad + found.good} rows cannot be used (at most {max_bad_share:.1%} may)"
+        for name, found in counts.items()
+        if found.bad > max_bad_share * (found.bad + found.good)
+    ]

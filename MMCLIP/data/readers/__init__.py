@@ -29,6 +29,14 @@ SOURCES = {
 }
 
 
+def source_reader(name: str):
+    """The reader of the data set `name`, one of `SOURCES`; imported when it is asked for."""
+    if name not in SOURCES:
+        raise ValueError(f"There is no data set {name!r}; known are {', '.join(SOURCES)}.")
+    module, function = SOURCES[name].split(":")
+    return getattr(importlib.import_module(f".{module}", __name__), function)
+
+
 def source_rows(name: str, folder: str | os.PathLike, *, report_problem=raise_problem, **options) -> Iterator[dict]:
     """The rows of the data set `name` (one of `SOURCES`) whose official folder is `folder`.
 
@@ -37,14 +45,11 @@ def source_rows(name: str, folder: str | os.PathLike, *, report_problem=raise_pr
     nothing to learn from it, or its patient is in the test part. A missing table, a missing column and an unknown
     option raise ValueError.
     """
-    if name not in SOURCES:
-        raise ValueError(f"There is no data set {name!r}; known are {', '.join(SOURCES)}.")
-    module, function = SOURCES[name].split(":")
-    reader = getattr(importlib.import_module(f".{module}", __name__), function)
+    reader = source_reader(name)
     known = list(inspect.signature(reader).parameters)[2:]
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"{name} knows no option {', '.join(unknown)}; its options are {', '.join(known) or 'none'}.")
     return reader(folder, report_problem=report_problem, **options)
 
 
-__all__ = ["COLUMN_NAMES", "LEFT_OUT", "SOURCES", "raise_problem", "read_csv_manifest", "source_rows"]
+__all__ = ["COLUMN_NAMES", "LEFT_OUT", "SOURCES", "raise_problem", "read_csv_manifest", "source_reader", "source_rows"]

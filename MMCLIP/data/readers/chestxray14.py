@@ -1,7 +1,7 @@
 """NIH ChestX-ray14: `source_rows("chestxray14", "/data/ChestX-ray14")`.
 
-The folder holds `Data_Entry_2017_v2020.csv` (or the older `Data_Entry_2017.csv`), `test_list.txt` (and, if there,
-`train_val_list.txt`), `BBox_List_2017.csv`, and the images in `images_001/images` to `images_012/images` or `images`.
+The folder holds `Data_Entry_2017_v2020.csv` (or the older `Data_Entry_2017.csv`), `test_list.txt`, if there
+`train_val_list.txt` and `BBox_List_2017.csv`, and the images in `images_001/images` to `images_012/images` or `images`.
 The official split is kept; `val_share` of the patients of its train_val part become "val", by a hash of their number.
 The labels are text-mined but complete: of the 14, what is not listed is absent.
 """
@@ -19,6 +19,7 @@ from .tables import (
     Unique,
     complete_labels,
     find_file,
+    find_optional,
     hashed_share,
     labels_of,
     raise_problem,
@@ -40,6 +41,8 @@ def chestxray14_rows(
     folder = Path(folder)
     table = find_file(folder, "Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
     test = set(find_file(folder, "test_list.txt").read_text(encoding="utf-8").split())
+    train_list = find_optional(folder, "train_val_list.txt")
+    train = set(train_list.read_text(encoding="utf-8").split()) if train_list else None
     boxes = _boxes(folder, report_problem)
     files = {path.name: path for path in folder.glob("images_*/images/*.png")}
     all_labels = [canonical_label(name) for name in LABELS]
@@ -57,6 +60,9 @@ def chestxray14_rows(
             continue
         if name in test:
             split = "test"
+        elif train is not None and name not in train:
+            report_problem(where, f"image {name!r} is in neither test_list.txt nor train_val_list.txt")
+            continue
         else:
             split = "val" if hashed_share("chestxray14", patient) < val_share else "train"
         yield make_row(
@@ -73,9 +79,8 @@ def chestxray14_rows(
 
 def _boxes(folder: Path, report_problem: Report) -> dict[str, list[dict]]:
     """Image -> its boxes, in pixels of the 1024 x 1024 PNG; the header "Bbox [x,y,w,h]" splits at its commas."""
-    try:
-        table = find_file(folder, "BBox_List_2017.csv")
-    except ValueError:
+    table = find_optional(folder, "BBox_List_2017.csv")
+    if table is None:
         return {}  # the set is used without it, too
     boxes = defaultdict(list)
     columns = {"x": ["Bbox [x"], "height": ["h]"], "y": [], "width": ["w"]}

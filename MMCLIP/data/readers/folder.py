@@ -1,7 +1,8 @@
 """A folder of one's own, DICOM or other images: `source_rows("folder", "/data/hospital")`.
 
-Every image below it becomes a row; the report is the text file of the same name beside it (`film.dcm`, `film.txt`). Of
-DICOM files (by their content, whatever the name) patient, study and view come from the header.
+Every image below it becomes a row; the report is the text file of the same name beside it (`film.dcm`, `film.txt` or
+`film.dcm.txt`). Of DICOM files (by name or, for a name like `IM0001` or `1.2.840.1`, by content) patient, study and
+view come from the header.
 """
 
 import os
@@ -26,11 +27,14 @@ def folder_rows(folder: str | os.PathLike, *, report_problem: Report = raise_pro
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder.")
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
-        is_dicom = path.suffix.lower() in (".dcm", ".dicom") or (not path.suffix and _has_dicom_mark(path))
-        if not is_dicom and path.suffix.lower() not in SUFFIXES:
+        is_known = path.suffix.lower() in SUFFIXES
+        is_dicom = path.suffix.lower() in (".dcm", ".dicom") or (not is_known and _has_dicom_mark(path))
+        if not is_known and not is_dicom or path.name == "DICOMDIR":
             continue
         name = path.relative_to(folder).as_posix()
-        report_path = path.with_suffix(".txt")
+        report_path = path.with_name(f"{path.stem if is_known else path.name}.txt")
+        if not report_path.is_file():
+            report_path = path.with_name(f"{path.name}.txt")
         if not report_path.is_file():
             report_problem(str(path), f"there is no report {report_path.name} beside it")
             continue

@@ -1,18 +1,30 @@
 """MIMIC-CXR-JPG 2.0 and 2.1: `source_rows("mimic-cxr", "/data/MIMIC-CXR-JPG", labels="chexpert")`.
 
 The folder holds `mimic-cxr-2.0.0-metadata.csv.gz`, `-split.csv.gz`, `-chexpert.csv.gz` (or `-negbio`), the images under
-`files/p10/p10000032/s50414267/`, and the reports, which come with MIMIC-CXR, not with -JPG: either
-`mimic_cxr_sectioned.csv` or the unpacked `mimic-cxr-reports.zip` (`files/p10/p10000032/s50414267.txt`). `reports` names
-another folder for them. The official split is kept. The images are histogram-equalised, those of other sets are not.
+`files/p10/p10000032/s50414267/`, and the reports, which come with MIMIC-CXR, not with -JPG: `mimic_cxr_sectioned.csv`,
+`mimic-cxr-reports.zip`, or what that holds, unpacked (`files/p10/p10000032/s50414267.txt`). `reports` names another
+folder for them. The official split is kept. The images are histogram-equalised, those of other sets are not.
 """
 
 import os
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ...text.reports import clean_report, report_sections
 from ..manifest import make_row
-from .tables import LEFT_OUT, VIEWS, Report, Unique, chexpert_labels, decode_text, find_file, raise_problem, read_table
+from .tables import (
+    LEFT_OUT,
+    VIEWS,
+    Report,
+    Unique,
+    chexpert_labels,
+    decode_text,
+    find_file,
+    find_optional,
+    raise_problem,
+    read_table,
+)
 
 
 LABELS = (
@@ -25,6 +37,7 @@ TEXTS = {  # option `text` -> sections, joined in this order; the second line wh
     "impression": (("impression",),),
     "impression or findings": (("impression",), ("findings",), ("last_paragraph",)),
     "findings": (("findings",),),
+    "none": (),  # reports are not looked for, every row is unpaired
 }
 _NO_LABELS: dict[str, list[str]] = {"present": [], "absent": [], "uncertain": []}
 
@@ -51,7 +64,7 @@ def mimic_cxr_rows(
     report_folder = Path(reports) if reports else folder
     splits = {r["dicom_id"]: r["split"] for _, r in _table(folder, "split", ["dicom_id", "split"], report_problem)}
     study_labels = _study_labels(folder, labels, report_problem)
-    texts = _sectioned_texts(report_folder, text, report_problem)
+    text_of = _texts(report_folder, text, report_problem)
     last_study, last_text = "", ""
     unique = Unique()
     columns = ["dicom_id", "subject_id", "study_id", "ViewPosition"]
@@ -66,7 +79,7 @@ def mimic_cxr_rows(
         place = f"files/p{patient[:2]}/p{patient}/s{study}"
         if study != last_study:
             last_study = study
-            last_text = texts.get(study, "") if texts is not None else _text_of(report_folder / f"{place}.txt", text)
+            last_text = text_of(place)
         found = study_labels.get(study, _NO_LABELS)
         if not last_text and not (found["present"] or found["absent"]):
             report_problem(where, f"{LEFT_OUT}study s{study} has neither a text ({text}) nor labels")
@@ -96,8 +109,8 @@ def _study_labels(folder: Path, labeller: str, report_problem: Report) -> dict[s
         labels = chexpert_labels(where, record, LABELS, report_problem)
         if labels is not None:
             found[record["study_id"]] = labels
-    radiologist = folder / "mimic-cxr-2.1.0-test-set-labeled.csv"
-    if radiologist.is_file():
+    radiologist = find_optional(folder, "mimic-cxr-2.1.0-test-set-labeled.csv")
+    if radiologist is not None:
         # calls "Lung Opacity" by another name, and has no subject_id
         aliases = {"Lung Opacity": ["Airspace Opacity"]}
         columns = ["study_id", *LABELS]
@@ -108,21 +121,36 @@ def _study_labels(folder: Path, labeller: str, report_problem: Report) -> dict[s
     return found
 
 
-def _sectioned_texts(folder: Path, text: str, report_problem: Report) -> dict[str, str] | None:
-    """Study -> text from `mimic_cxr_sectioned.csv`; None where that table is not there."""
-    try:
-        table = find_file(folder, "mimic_cxr_sectioned.csv", "mimic-cxr-sections/mimic_cxr_sectioned.csv")
-    except ValueError:
-        if not (folder / "files").is_dir():
-            raise
-        return None
-    columns = ["study", "impression", "findings", "last_paragraph"]
-    records = read_table(table, columns, report_problem=report_problem)
-    return {record["study"].removeprefix("s"): _join(record, text) for _, record in records}
+def _texts(folder: Path, text: str, report_problem: Report) -> Callable[[str], str]:
+    """`files/p10/p10000032/s50414267` -> text of that study, "" where it has none, from whichever form is there."""
+    if not TEXTS[text]:
+        return lambda place: ""
+    table = find_optional(folder, "mimic_cxr_sectioned.csv", "mimic-cxr-sections/mimic_cxr_sectioned.csv")
+    if table is not None:
+        columns = ["study", "impression", "findings", "last_paragraph"]
+        records = read_table(table, columns, report_problem=report_problem)
+        texts = {record["study"].removeprefix("s"): _join(record, text) for _, record in records}
+        return lambda place: texts.get(place.rpartition("/s")[2], "")
+    if (folder / "mimic-cxr-reports.zip").is_file():
+        archive = zipfile.ZipFile(folder / "mimic-cxr-reports.zip")
+        names = frozenset(archive.namelist())
+        return lambda place: _sections(archive.read(f"{place}.txt"), text) if f"{place}.txt" in names else ""
+    if next((folder / "files").glob("p*/p*/s*.txt"), None) is None:
+        raise ValueError(
+            f"{folder}: there are no reports, neither mimic_cxr_sectioned.csv nor mimic-cxr-reports.zip nor "
+            "files/p10/p10000032/s50414267.txt. They come with MIMIC-CXR, not with MIMIC-CXR-JPG: put them there, name "
+            'their folder with `reports`, or go without them with `text` "none".'
+        )
+
+    def read_file(place: str) -> str:
+        path = folder / f"{place}.txt"
+        return _sections(path.read_bytes(), text) if path.is_file() else ""
+
+    return read_file
 
 
-def _text_of(path: Path, text: str) -> str:
-    return _join(report_sections(decode_text(path.read_bytes())), text) if path.is_file() else ""
+def _sections(data: bytes, text: str) -> str:
+    return _join(report_sections(decode_text(data)), text)
 
 
 def _join(sections: dict[str, str], text: str) -> str:

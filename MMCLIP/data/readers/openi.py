@@ -1,11 +1,15 @@
 """Open-i, the chest X-rays of Indiana University: `source_rows("openi", "/data/openi")`.
 
 Either the original: `NLMCXR_reports.tgz` or its unpacked `ecgen-radiology/*.xml`, with `CXR1_1_IM-0001-3001.png` and so
-on in the folder, `images` or `NLMCXR_png`. Or the Kaggle version: `indiana_reports.csv`, `indiana_projections.csv` and
-`images/images_normalized`. There is no official split; `split` is "" and preparation assigns one by `uId`.
+on in the folder, `images` or `NLMCXR_png`, or the DICOM files `1_IM-0001-3001.dcm` below `NLMCXR_dcm`. Or the Kaggle
+version: `indiana_reports.csv`, `indiana_projections.csv` and `images/images_normalized`. There is no official split;
+`split` is "" and preparation assigns one by `uId`. The original does not say which film is a lateral one (about half of
+them are): put `indiana_projections.csv` beside it, or `view` is "" throughout.
 """
 
+import logging
 import os
+import re
 import tarfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -13,10 +17,12 @@ from pathlib import Path
 
 from ...text.reports import clean_report
 from ..manifest import make_row
-from .tables import LEFT_OUT, Report, Unique, find_file, labels_of, raise_problem, read_table
+from .tables import LEFT_OUT, Report, Unique, find_file, find_optional, labels_of, raise_problem, read_table
 
 
+logger = logging.getLogger(__name__)
 TEXTS = ("findings+impression", "findings", "impression", "longer")
+VIEWS = {"Frontal": "", "Lateral": "LATERAL"}  # frontal is PA or AP, which the table does not say
 # the 18 classes that are scored on this set, by the words of the automatic index; others are left to the report
 AUTOMATIC = {
     "atelectases": "atelectasis",
@@ -26,6 +32,7 @@ AUTOMATIC = {
     "edema": "edema",
     "effusion": "pleural effusion",
     "emphysema": "emphysema",
+    "fibroses": "fibrosis",
     "fibrosis": "fibrosis",
     "fracture": "fracture",
     "granuloma": "granuloma",
@@ -40,6 +47,8 @@ AUTOMATIC = {
     "pneumonia": "pneumonia",
     "pneumothorax": "pneumothorax",
 }
+# these hold such a word and mean something else
+OTHERS = ("pericardial effusion", "subcutaneous emphysema", "cystic fibrosis", "mediastinal mass", "thyroid mass")
 
 
 def openi_rows(
@@ -55,7 +64,7 @@ def openi_rows(
         raise ValueError(f"text is {text!r}, expected one of {', '.join(TEXTS)}.")
     folder = Path(folder)
     is_kaggle = (folder / "indiana_reports.csv").is_file()
-    studies = _kaggle_studies(folder, report_problem) if is_kaggle else _xml_studies(folder, report_problem)
+    studies = _kaggle_studies(folder, report_problem) if is_kaggle else xml_studies(folder, report_problem)
     unique = Unique()
     for where, uid, sections, terms, images in studies:
         if unique.seen(uid):
@@ -68,7 +77,12 @@ def openi_rows(
         if not images:
             report_problem(where, LEFT_OUT + "the report has no image")
             continue
-        found = {AUTOMATIC[word] for term in terms for word in AUTOMATIC if word in term}
+        found = {
+            AUTOMATIC[word]
+            for term in terms
+            for word in AUTOMATIC
+            if word in term and not any(other in term for other in OTHERS)
+        }
         if not found and terms == ["normal"]:
             found = {"no finding"}
         labels = labels_of(where, report_problem, present=sorted(found))
@@ -93,8 +107,17 @@ def _report(sections: dict[str, str], text: str) -> str:
     return " ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in chosen if part)
 
 
-def _xml_studies(folder: Path, report_problem: Report) -> Iterator[tuple]:
-    files = {path.name: path for place in (folder, folder / "images", folder / "NLMCXR_png") for path in _pngs(place)}
+def xml_studies(folder: Path, report_problem: Report) -> Iterator[tuple]:
+    """(where, uId, sections, index terms, [(file, view) of each image]) of every report of the original."""
+    places = [*folder.glob("*.png"), *folder.glob("images/*.png"), *folder.glob("NLMCXR_png/*.png")]
+    places += [*folder.glob("NLMCXR_dcm/*.dcm"), *folder.glob("NLMCXR_dcm/*/*.dcm")]
+    files = {_film(path.name): path for path in places}
+    projections = find_optional(folder, "indiana_projections.csv")
+    views = {}
+    if projections is None:
+        logger.warning("%s: without indiana_projections.csv nobody knows which films are lateral.", folder)
+    else:
+        views = {_film(name): view for _, name, view in _projections(projections, report_problem)}
     for where, data in _xml_files(folder):
         try:
             root = ElementTree.fromstring(data)
@@ -106,13 +129,14 @@ def _xml_studies(folder: Path, report_problem: Report) -> Iterator[tuple]:
         terms = [(e.text or "").strip().lower() for e in root.iter("automatic")]
         if not terms:
             terms = [term for e in root.iter("major") if (term := (e.text or "").strip().lower()) == "normal"]
-        names = [f"{e.get('id')}.png" for e in root.iter("parentImage")]
-        # a report that was dictated once for two films names them both; the view is not stated anywhere
-        yield where, uid, sections, terms, [(files.get(name, folder / name), "") for name in dict.fromkeys(names)]
+        names = dict.fromkeys(e.get("id", "") for e in root.iter("parentImage"))
+        images = [(files.get(_film(name), folder / f"{name}.png"), views.get(_film(name), "")) for name in names]
+        yield where, uid, sections, terms, images
 
 
-def _pngs(place: Path) -> list[Path]:
-    return list(place.glob("*.png")) if place.is_dir() else []
+def _film(name: str) -> str:
+    """`CXR1_1_IM-0001-3001`, `CXR1_1_IM-0001-3001.png`, `1_IM-0001-3001.dcm` and `1_IM-0001-3001.dcm.png` are one."""
+    return re.sub(r"^CXR\d+_|(\.dcm)?(\.png)?$", "", name)
 
 
 def _xml_files(folder: Path) -> Iterator[tuple[str, bytes]]:
@@ -127,16 +151,18 @@ def _xml_files(folder: Path) -> Iterator[tuple[str, bytes]]:
                 yield f"{archive_path}: {member.name}", archive.extractfile(member).read()
 
 
-def _kaggle_studies(folder: Path, report_problem: Report) -> Iterator[tuple]:
-    views = {"Frontal": "", "Lateral": "LATERAL"}  # frontal is PA or AP, which the table does not say
-    images: dict[str, list] = {}
-    table = find_file(folder, "indiana_projections.csv")
+def _projections(table: Path, report_problem: Report) -> Iterator[tuple[str, str, str]]:
     for where, record in read_table(table, ["uid", "filename", "projection"], report_problem=report_problem):
-        if record["projection"] not in views:
+        if record["projection"] in VIEWS:
+            yield record["uid"], record["filename"], VIEWS[record["projection"]]
+        else:
             report_problem(where, f"`projection` is {record['projection']!r}, expected Frontal or Lateral")
-            continue
-        file = folder / "images" / "images_normalized" / record["filename"]
-        images.setdefault(record["uid"], []).append((file, views[record["projection"]]))
+
+
+def _kaggle_studies(folder: Path, report_problem: Report) -> Iterator[tuple]:
+    images: dict[str, list] = {}
+    for uid, name, view in _projections(find_file(folder, "indiana_projections.csv"), report_problem):
+        images.setdefault(uid, []).append((folder / "images" / "images_normalized" / name, view))
     columns = ["uid", "MeSH", "Problems", "findings", "impression"]
     for where, record in read_table(folder / "indiana_reports.csv", columns, report_problem=report_problem):
         terms = [term.strip().lower() for term in record["Problems"].split(";") if term.strip()]

@@ -1,8 +1,10 @@
 """SIIM-ACR Pneumothorax Segmentation 2019: `source_rows("siim", "/data/siim-acr-pneumothorax")`.
 
 The folder holds `train-rle.csv` (stage 1) or `stage_2_train.csv`, and the DICOM files anywhere below it, named by
-`ImageId`. There is no official split with labels (`split` is "": preparation assigns one) and no patient number: the
-published row-wise splits leak and are not offered. All films are in ChestX-ray14 too.
+`ImageId`; or it is the PNG edition of Kaggle: `stage_1_train_images.csv`, `stage_1_test_images.csv`, `png_images`,
+`png_masks`. That one's test images are "test"; otherwise there is no official split with labels (`split` is "":
+preparation assigns one). No patient number was published, so each film counts as a patient. The published row-wise
+splits leak and are not offered. All films are ChestX-ray14 films.
 """
 
 import io
@@ -15,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..manifest import make_row
-from .tables import Report, find_file, raise_problem, read_table
+from .tables import Report, Unique, find_file, find_optional, raise_problem, read_table
 
 
 IMAGE_SIDE = 1024
@@ -24,7 +26,10 @@ IMAGE_SIDE = 1024
 def siim_rows(folder: str | os.PathLike, *, report_problem: Report = raise_problem) -> Iterator[dict]:
     """Unpaired rows, one a film: pneumothorax present with its mask, or absent."""
     folder = Path(folder)
-    table = find_file(folder, "train-rle.csv", "stage_2_train.csv")
+    table = find_optional(folder, "train-rle.csv", "stage_2_train.csv")
+    if table is None:
+        yield from _png_rows(folder, report_problem)
+        return
     lines: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for where, record in read_table(table, ["ImageId", "EncodedPixels"], report_problem=report_problem):
         lines[record["ImageId"]].append((where, record["EncodedPixels"]))
@@ -36,24 +41,56 @@ def siim_rows(folder: str | os.PathLike, *, report_problem: Report = raise_probl
             report_problem(where, f"{name!r} has a line that says `no pneumothorax` among {len(codes)}")
             continue
         masks = []
-        if not is_negative[0]:
+        if not any(is_negative):
             try:
                 mask = decode_rle([code for _, code in codes], (IMAGE_SIDE, IMAGE_SIDE))
             except ValueError as error:
                 report_problem(where, f"{name!r}: {error}")
                 continue
-            file = io.BytesIO()
-            Image.fromarray(mask.astype(np.uint8) * 255).save(file, format="PNG", compress_level=1)
-            masks.append({"finding": "pneumothorax", "side": "", "png": file.getvalue()})
-        yield make_row(
-            f"siim/{name}",
-            files.get(name, folder / "dicom-images-train" / f"{name}.dcm"),
-            source="siim",
-            present=["pneumothorax"] if masks else [],
-            absent=[] if masks else ["pneumothorax"],
-            patient_id=name,
-            masks=masks,
-        )
+            masks = [_mask(Image.fromarray(mask))]
+        yield _row(name, files.get(name, folder / "dicom-images-train" / f"{name}.dcm"), masks)
+
+
+def _row(name: str, file: Path, masks: list[dict], split: str = "") -> dict:
+    return make_row(
+        f"siim/{name}",
+        file,
+        source="siim",
+        present=["pneumothorax"] if masks else [],
+        absent=[] if masks else ["pneumothorax"],
+        patient_id=name,
+        split=split,
+        masks=masks,
+    )
+
+
+def _mask(picture: Image.Image) -> dict:
+    file = io.BytesIO()
+    picture.save(file, format="PNG", compress_level=1)
+    return {"finding": "pneumothorax", "side": "", "png": file.getvalue()}
+
+
+def _png_rows(folder: Path, report_problem: Report) -> Iterator[dict]:
+    unique = Unique()
+    for part, split in (("train", ""), ("test", "test")):
+        table = find_file(folder, f"stage_1_{part}_images.csv")
+        for where, record in read_table(table, ["new_filename", "has_pneumo"], report_problem=report_problem):
+            name = record["new_filename"]
+            if unique.seen(name):
+                report_problem(where, f"image {name!r} occurs twice")
+                continue
+            if record["has_pneumo"] not in ("0", "1"):
+                report_problem(where, f"`has_pneumo` is {record['has_pneumo']!r}, expected 0 or 1")
+                continue
+            masks = []
+            if record["has_pneumo"] == "1":
+                try:
+                    with Image.open(folder / "png_masks" / name) as picture:
+                        masks = [_mask(picture.convert("L").point(lambda grey: 255 if grey else 0).convert("1"))]
+                except OSError as error:
+                    report_problem(where, f"the mask png_masks/{name} cannot be read: {error}")
+                    continue
+            yield _row(Path(name).stem, folder / "png_images" / name, masks, split)
 
 
 def decode_rle(codes: Sequence[str], shape: tuple[int, int]) -> np.ndarray:
@@ -66,7 +103,7 @@ def decode_rle(codes: Sequence[str], shape: tuple[int, int]) -> np.ndarray:
     mask = np.zeros(width * height, dtype=bool)
     for code in codes:
         try:
-            numbers = np.array(code.split(), dtype=np.int64)
+            numbers = np.array([int(number) for number in code.split()], dtype=np.int64)
         except (ValueError, OverflowError):
             raise ValueError(f"expected whole numbers in the run-length code, got {code[:40]!r}") from None
         if not len(numbers) or len(numbers) % 2 or (numbers < 0).any():

@@ -1,11 +1,13 @@
 """What the readers of public sets share: tables by column name, text of unknown encoding, labels, problems."""
 
 import csv
+import functools
 import gzip
 import hashlib
 import io
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -24,6 +26,8 @@ VIEWS = {  # spellings of the public sets -> view
     "RL": "LATERAL",
     "LATERAL": "LATERAL",
     "LARGE LATERAL": "LATERAL",
+    "XTABLE LATERAL": "LATERAL",
+    "UNK": "",
 }
 
 
@@ -36,17 +40,21 @@ def raise_problem(where: str, reason: str) -> None:
         raise ValueError(f"{where}: {reason}")
 
 
-def find_file(folder: str | os.PathLike, *names: str) -> Path:
-    """The first of `names` (paths below `folder`, each also tried with .gz and .zip) that exists.
-
-    Raises ValueError that lists what was looked for.
-    """
+def find_optional(folder: str | os.PathLike, *names: str) -> Path | None:
+    """The first of `names` (paths below `folder`, each also tried with .gz and .zip) that exists; None without one."""
     folder = Path(folder)
     for name in names:
         for ending in ("", ".gz", ".zip"):
             if (folder / f"{name}{ending}").is_file():
                 return folder / f"{name}{ending}"
-    if not folder.is_dir():
+    return None
+
+
+def find_file(folder: str | os.PathLike, *names: str) -> Path:
+    """As `find_optional`, but raises ValueError that lists what was looked for when there is none."""
+    if (found := find_optional(folder, *names)) is not None:
+        return found
+    if not Path(folder).is_dir():
         raise ValueError(f"{folder}: there is no such folder.")
     raise ValueError(
         f"{folder}: found none of {', '.join(names)} there (nor with .gz or .zip); is it the right folder?"
@@ -96,56 +104,55 @@ def read_table(
 
     A record has the `required` columns and those of `optional` that the file has, with outer blanks taken off names
     and values. `aliases` are other names of a column. A line with another number of fields than the header goes to
-    `report_problem`. Raises ValueError for a missing or doubled column, naming those that are there.
+    `report_problem`; columns without a name at the end of the header may be left out in a line. Raises ValueError for
+    a missing or doubled column, naming those that are there, and for a file that is no CSV table, or is cut off.
     """
     path = Path(path)
-    reader = csv.reader(_lines(path))
+    reader = csv.reader(_lines(path), strict=True)
     try:
-        header = [name.strip() for name in next(reader)]
-    except StopIteration:
-        raise ValueError(f"{path}: the table is empty; expected the columns {', '.join(required)}.") from None
+        header = [name.strip() for name in next(reader, ())]
+        width = len(header)
+        while header and not header[-1]:
+            header.pop()
+        columns = _find_columns(path, header, required, optional, aliases or {})
+        for fields in reader:
+            if not fields:
+                continue
+            where = f"{path}, line {reader.line_num}"
+            if not len(header) <= len(fields) <= width or any(fields[len(header) :]):
+                report_problem(where, f"{len(fields)} fields, but the header has {len(header)}")
+                continue
+            yield where, {name: fields[index].strip() for name, index in columns.items()}
+    except (csv.Error, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}, after line {reader.line_num}: not a readable table: {error}") from error
+
+
+def _find_columns(path: Path, header: list[str], required, optional, aliases) -> dict[str, int]:
+    if not header:
+        raise ValueError(f"{path}: the table is empty; expected the columns {', '.join(required)}.")
     columns = {}
     for name in (*required, *optional):
-        found = [i for i, title in enumerate(header) if title in (name, *(aliases or {}).get(name, ()))]
+        found = [i for i, title in enumerate(header) if title in (name, *aliases.get(name, ()))]
         if len(found) > 1:
             raise ValueError(f"{path}: the column {name!r} occurs {len(found)} times in the header {header}.")
         if found:
             columns[name] = found[0]
         elif name in required:
             raise ValueError(f"{path}: there is no column {name!r}; the header has {', '.join(header)}.")
-    try:
-        for fields in reader:
-            if not fields:
-                continue
-            where = f"{path}, line {reader.line_num}"
-            if len(fields) != len(header):
-                report_problem(where, f"{len(fields)} fields, but the header has {len(header)}")
-                continue
-            yield where, {name: fields[index].strip() for name, index in columns.items()}
-    except (csv.Error, EOFError, OSError) as error:
-        raise ValueError(f"{path}, after line {reader.line_num}: not a readable table: {error}") from error
+    return columns
 
 
-class Labels:
-    """Labels of one row, kept apart: present, absent, uncertain; what is in none of them is unknown.
-
-    A canonical label that is stated in several ways (two columns of a set can mean one concept here) is present before
-    uncertain before absent. A broader concept of something present is never absent. "no finding" is present only where
-    no finding is.
-    """
-
-    def __init__(self, present: Iterable[str] = (), absent: Iterable[str] = (), uncertain: Iterable[str] = ()):
-        present = list(dict.fromkeys(canonical_label(name) for name in present))
-        uncertain = [label for label in map(canonical_label, uncertain) if label not in present]
-        if NO_FINDING in present and any(label != NO_FINDING for label in present):
-            raise ValueError(f"{NO_FINDING!r} is present together with {sorted(set(present) - {NO_FINDING})}")
-        stated = {*with_broader_labels(present), *with_broader_labels(uncertain)}
-        self.present = present
-        self.uncertain = list(dict.fromkeys(uncertain))
-        self.absent = list(dict.fromkeys(label for label in map(canonical_label, absent) if label not in stated))
-
-    def columns(self) -> dict[str, list[str]]:
-        return {"present": self.present, "absent": self.absent, "uncertain": self.uncertain}
+@functools.lru_cache(maxsize=100_000)  # the same labels come together again and again
+def _label_columns(
+    present: tuple[str, ...], absent: tuple[str, ...], uncertain: tuple[str, ...]
+) -> tuple[tuple[str, ...], ...]:
+    present = tuple(dict.fromkeys(map(canonical_label, present)))
+    uncertain = tuple(dict.fromkeys(label for label in map(canonical_label, uncertain) if label not in present))
+    if NO_FINDING in present and len(present) > 1:
+        raise ValueError(f"{NO_FINDING!r} is present together with {sorted(set(present) - {NO_FINDING})}")
+    stated = {*with_broader_labels(present), *with_broader_labels(uncertain)}
+    absent = tuple(dict.fromkeys(label for label in map(canonical_label, absent) if label not in stated))
+    return present, absent, uncertain
 
 
 def labels_of(
@@ -155,12 +162,18 @@ def labels_of(
     absent: Iterable[str] = (),
     uncertain: Iterable[str] = (),
 ) -> dict[str, list[str]] | None:
-    """The label columns of a row; None, after `report_problem`, when a label is unknown or contradicts another."""
+    """The label columns of a row, of labels in any spelling; what is in none of the three is unknown.
+
+    A canonical label that is stated in several ways (two columns of a set can mean one concept here) is present before
+    uncertain before absent. A broader concept of something present is never absent. None, after `report_problem`, when
+    a label is unknown or when "no finding" is present together with a finding.
+    """
     try:
-        return Labels(present, absent, uncertain).columns()
+        columns = _label_columns(tuple(present), tuple(absent), tuple(uncertain))
     except ValueError as error:
         report_problem(where, str(error))
         return None
+    return dict(zip(("present", "absent", "uncertain"), map(list, columns), strict=True))
 
 
 def chexpert_labels(
@@ -171,18 +184,26 @@ def chexpert_labels(
     "No Finding" beside a finding that is present is left out: the labellers of CheXpert and MIMIC-CXR give it to films
     with support devices.
     """
+    try:
+        stated = _chexpert_statements(tuple(names), tuple([record.get(name, "") for name in names]))
+    except ValueError as error:
+        report_problem(where, str(error))
+        return None
+    return labels_of(where, report_problem, *stated)
+
+
+@functools.lru_cache(maxsize=100_000)
+def _chexpert_statements(names: tuple[str, ...], values: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     stated: dict[float, list[str]] = {1.0: [], 0.0: [], -1.0: []}
-    for name in names:
-        value = record.get(name, "")
+    for name, value in zip(names, values, strict=True):
         if value:
             try:
                 stated[float(value)].append(name)
             except (KeyError, ValueError):
-                report_problem(where, f"column {name!r} holds {value!r}, expected 1.0, 0.0, -1.0 or nothing")
-                return None
+                raise ValueError(f"column {name!r} holds {value!r}, expected 1.0, 0.0, -1.0 or nothing") from None
     if len(stated[1.0]) > 1:
         stated[1.0] = [name for name in stated[1.0] if canonical_label(name) != NO_FINDING]
-    return labels_of(where, report_problem, stated[1.0], stated[0.0], stated[-1.0])
+    return tuple(stated[1.0]), tuple(stated[0.0]), tuple(stated[-1.0])
 
 
 def complete_labels(labels: dict[str, list[str]], complete: Iterable[str]) -> dict[str, list[str]]:
@@ -199,21 +220,20 @@ def hashed_share(*parts: str) -> float:
 
 
 class Unique:
-    """Tells ids apart: `seen(id)` is False once for each."""
+    """Tells ids apart: `seen(id)` is False once for each; `ids` are those seen."""
 
     def __init__(self):
-        self._ids: set[str] = set()
+        self.ids: set[str] = set()
 
     def seen(self, name: str) -> bool:
-        if name in self._ids:
+        if name in self.ids:
             return True
-        self._ids.add(name)
+        self.ids.add(name)
         return False
 
 
 __all__ = [
     "LEFT_OUT",
-    "Labels",
     "Report",
     "Unique",
     "VIEWS",
@@ -221,6 +241,7 @@ __all__ = [
     "complete_labels",
     "decode_text",
     "find_file",
+    "find_optional",
     "hashed_share",
     "labels_of",
     "raise_problem",

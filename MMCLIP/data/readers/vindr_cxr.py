@@ -1,8 +1,9 @@
 """VinDr-CXR: `source_rows("vindr-cxr", "/data/vindr-cxr/1.0.0")`.
 
 Either the PhysioNet layout (`annotations/*.csv`, `train/<image_id>.dicom`, `test/<image_id>.dicom`; its official split
-is kept) or that of Kaggle's VinBigData (`train.csv`, `train/<image_id>.dicom` or .png; its test set has no labels, so
-all of it is "train"). No patient numbers were published: each image counts as a patient.
+is kept) or that of Kaggle's VinBigData (`train.csv`, `train/<image_id>.dicom`; its test set has no labels, so all of it
+is "train"). Where the images are .png or .jpg files they may be of another size than the boxes are in, so there are no
+boxes then. No patient numbers were published: each image counts as a patient.
 """
 
 import os
@@ -56,6 +57,8 @@ def _rows(folder, split, table, votes, boxes, classes, num_readers, policy, repo
     complete = [label for name in classes if (label := canonical_label(name)) != NO_FINDING]
     ending = next((e for e in (".dicom", ".dcm", ".png", ".jpg") if any((folder / split).glob(f"*{e}"))), ".dicom")
     needed = num_readers // 2 + 1 if policy == "majority" else 1
+    if ending not in (".dicom", ".dcm"):
+        boxes = {}
     for name, (readers, counts) in votes.items():
         where = f"{table}: {name}"
         if len(readers) != num_readers:

@@ -12,7 +12,8 @@ import dataclasses
 import logging
 import sys
 
-from MMCLIP.data.preparation import PreparationOptions, convert, prepare
+from MMCLIP.data.indexing import PreparationOptions, convert
+from MMCLIP.data.preparation import prepare
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -27,6 +28,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_proc", type=int, help="processes; default: one a core")
     parser.add_argument("--max_bad_share", type=float, default=0.01, help="fail if more of a source cannot be used")
     parser.add_argument("--duplicates", default="error", choices=("error", "drop"), help="pictures in two splits")
+    parser.add_argument("--retry_bad", action="store_true", help="read files that could not be used once more")
     args = parser.parse_args(arguments)
     args.sources, args.source_options = {}, {}
     for source in args.source:
@@ -59,9 +61,12 @@ def main(arguments: list[str] | None = None) -> None:
             num_proc=args.num_proc,
             max_bad_share=args.max_bad_share,
             duplicates=args.duplicates,
+            retry_bad=args.retry_bad,
         )
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ImportError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on from here")
     print(f"{summary}\ntrain on it: --train_manifest {args.output_dir} --validation_manifest {args.output_dir}")
 
 

@@ -145,7 +145,7 @@ def check_rows(*rows: datasets.Dataset, where: str = "") -> None:
             paths = images.field("path").to_pylist()
             for index, row in enumerate(table.drop_columns(["image"]).to_pylist()):
                 at = f"{prefix}row {row['row_id']!r}"
-                _check_row(row, at, has_image[index], seen_ids, seen_labels)
+                check_row(row, at, has_image[index], seen_ids, seen_labels)
                 if has_image[index] and not has_bytes[index] and not (paths[index] and os.path.isfile(paths[index])):
                     raise ValueError(
                         f"{at}: the image file {paths[index]!r} does not exist. Restore it or drop the row."
@@ -160,7 +160,8 @@ def check_rows(*rows: datasets.Dataset, where: str = "") -> None:
                         )
 
 
-def _check_row(row: dict, at: str, has_image: bool, seen_ids: set[str], seen_labels: set[str]) -> None:
+def check_row(row: dict, at: str, has_image: bool, seen_ids: set[str], seen_labels: set[str]) -> None:
+    """What `check_rows` checks in a row alone. `at` begins its messages; the sets are filled and must go along."""
     if not row["row_id"]:
         raise ValueError(f"{at}: `row_id` is empty; every row needs a unique one.")
     if row["row_id"] in seen_ids:

@@ -1187,30 +1187,39 @@ def _png(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _rows(chunks: list[tuple[int, int]], size: int, seed: int, split: str, num_paired: int, code: str):
+def phantom_row(index: int, *, size: int = 128, seed: int = 0, split: str = "train", has_report: bool = True) -> dict:
+    """Row number `index` of `phantom_dataset` with these arguments, drawn now."""
     stream = zlib.crc32(split.encode()) << 32  # splits draw from far-apart indices of one seed
+    phantom = make_phantom(seed, stream + index, size)
+    name = phantom_name(index, seed=seed, split=split)
+    return {
+        "row_id": name,
+        "image": {"path": None, "bytes": _png(phantom.image)},
+        "report": phantom.report if has_report else None,
+        "present": phantom.present,
+        "absent": phantom.absent,
+        "uncertain": [],
+        "patient_id": name,
+        "study_id": "",
+        "view": "PA",
+        "split": split,
+        "source": "phantom",
+        "masks": [
+            {"finding": finding, "side": side, "png": _png(mask)} for (finding, side), mask in phantom.masks.items()
+        ],
+        "boxes": [],
+    }
+
+
+def phantom_name(index: int, *, seed: int, split: str) -> str:
+    """`row_id` and `patient_id` of that row."""
+    return f"phantom-{seed}-{split}-{index:06d}"
+
+
+def _rows(chunks: list[tuple[int, int]], size: int, seed: int, split: str, num_paired: int, code: str):
     for start, stop in chunks:
         for index in range(start, stop):
-            phantom = make_phantom(seed, stream + index, size)
-            name = f"phantom-{seed}-{split}-{index:06d}"
-            yield {
-                "row_id": name,
-                "image": {"path": None, "bytes": _png(phantom.image)},
-                "report": phantom.report if index < num_paired else None,
-                "present": phantom.present,
-                "absent": phantom.absent,
-                "uncertain": [],
-                "patient_id": name,
-                "study_id": "",
-                "view": "PA",
-                "split": split,
-                "source": "phantom",
-                "masks": [
-                    {"finding": finding, "side": side, "png": _png(mask)}
-                    for (finding, side), mask in phantom.masks.items()
-                ],
-                "boxes": [],
-            }
+            yield phantom_row(index, size=size, seed=seed, split=split, has_report=index < num_paired)
 
 
 def phantom_dataset(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,12 @@ PREPARED_FEATURES = datasets.Features(
 )
 SPLITS = ("train", "val", "test")
 INFO_FILE = "preparation.json"
+
+
+def shards(folder: Path, split: str, source: str = "") -> list[Path]:
+    """The shards of a split, in order; of one source, or of all."""
+    is_shard = re.compile(rf"{re.escape(source) if source else '.+'}-\d{{5,}}\.parquet").fullmatch
+    return sorted(path for path in (folder / split).glob("*.parquet") if is_shard(path.name))
 
 
 def read_prepared(folder: str | os.PathLike, split: str | None = None) -> datasets.Dataset:

@@ -3,52 +3,61 @@
 import io
 import os
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
-from .prepared import SPLITS
+from .prepared import SPLITS, shards
 
 
 SHEET_COLUMNS, SHEET_ROWS, CELL, CAPTION = 6, 4, 160, 24
 
 
-def shards_of(output_dir: Path, split: str, name: str) -> list[Path]:
-    return sorted((output_dir / split).glob(f"{name}-[0-9]*.parquet"))
+@dataclass(frozen=True)
+class SourceCounts:
+    """Rows of a source: prepared; that could not be used; left out on purpose, by reason."""
+
+    good: int
+    bad: int
+    left_out: dict[str, int]
 
 
 def write_summary(
     output_dir: Path,
-    sources,
     options,
-    quarantined: dict[str, tuple[int, int]],
-    left_out: dict[str, dict[str, int]],
-    num_images: int,
+    counts: dict[str, SourceCounts],
+    warnings: Iterable[str],
+    num_rows: int,
     seconds: float,
 ) -> None:
-    """Counts of rows, patients, labels, views and text lengths, by source; `num_images` were prepared in `seconds`."""
-    columns = ["patient_id", "view", "report", "present", "absent", "uncertain", "masks", "boxes", "row_id"]
+    """Counts of rows, patients, labels, views and text lengths, by source; `num_rows` were prepared in `seconds`."""
+    columns = ["row_id", "patient_id", "source", "view", "report", "present", "absent", "uncertain"]
+    columns += ["masks.list.element.finding", "boxes.list.element.finding"]  # not the pictures of the masks
     lines = ["# Prepared data set", ""]
     lines += [f"Options: {', '.join(f'{key} {value}' for key, value in vars(options).items())}.", ""]
-    if num_images:
-        lines += [f"This run prepared {num_images} rows in {seconds:.0f} s, {num_images / seconds:.1f} a second.", ""]
+    if num_rows:
+        lines += [f"The last run prepared {num_rows} rows in {seconds:.0f} s, {num_rows / seconds:.1f} a second.", ""]
+    for warning in warnings:
+        lines += [f"**Warning**: {warning}", ""]
     table = [("source", *SPLITS, "patients", "with report", "with masks", "with boxes", "MB", "unusable", "left out")]
     labels: dict[str, Counter] = {}
     views, lengths = {}, {}
-    for name in sources:
+    for name, counted in counts.items():
         numbers, patients, size = Counter(), set(), 0
         views[name], lengths[name] = Counter(), []
         for split in SPLITS:
-            for path in shards_of(output_dir, split, name):
+            for path in shards(output_dir, split, name):
                 size += os.path.getsize(path)
-                for row in pq.read_table(path, columns=columns).to_pylist():
+                for row in pq.ParquetFile(path).read(columns=columns).to_pylist():
                     numbers[split] += 1
                     numbers["report"] += row["report"] is not None
                     numbers["masks"] += bool(row["masks"])
                     numbers["boxes"] += bool(row["boxes"])
-                    patients.add(row["patient_id"] or row["row_id"])
+                    patients.add((row["source"], row["patient_id"] or row["row_id"]))
                     views[name][row["view"] or "not known"] += 1
                     if row["report"]:
                         lengths[name].append(len(row["report"].split()))
@@ -62,13 +71,14 @@ def write_summary(
                 len(patients),
                 *(numbers[key] for key in ("report", "masks", "boxes")),
                 f"{size / 1e6:.1f}",
-                quarantined[name][0],
-                ", ".join(f"{count} {reason}" for reason, count in left_out[name].items()) or "0",
+                counted.bad,
+                ", ".join(f"{count} {reason}" for reason, count in counted.left_out.items()) or "0",
             )
         )
     lines += _table(table)
-    lines += ["", "`quarantine.csv` names each row that could not be used, with the reason.", "", "## Labels", ""]
+    lines += ["", "A row without a patient counts as a patient of its own. `quarantine.csv` has the reasons.", ""]
     by_number = sorted(labels, key=lambda label: (-labels[label]["present"], label))
+    lines += ["## Labels", "", "As the sources state them; those that a report states are found in training.", ""]
     rows = [(label, *(labels[label][key] for key in ("present", "absent", "uncertain"))) for label in by_number]
     lines += _table([("label", "present", "absent", "uncertain"), *rows])
     lines += ["", "## Views", ""]
@@ -85,22 +95,12 @@ def _table(rows: list[tuple]) -> list[str]:
     return [head, f"|{' --- |' * len(rows[0])}", *body]
 
 
-def write_contact_sheets(output_dir: Path, sources) -> None:
+def write_contact_sheets(output_dir: Path, sources: Iterable[str]) -> None:
     """`sheet-NAME.png`: up to 24 pictures from all over the source, with their labels; no report."""
     for name in sources:
-        shards = [path for split in SPLITS for path in shards_of(output_dir, split, name)]
-        chosen = []
-        wanted = SHEET_COLUMNS * SHEET_ROWS
-        for path in shards[:: max(1, len(shards) // wanted)]:
-            rows = pq.read_table(path, columns=["image", "present", "split"])
-            share = max(1, -(-wanted // len(shards)))
-            for index in np.linspace(0, rows.num_rows - 1, min(share, rows.num_rows)).astype(int):
-                row = rows.slice(index, 1).to_pylist()[0]
-                if row["image"] is not None:
-                    chosen.append(row)
+        chosen = _choose(output_dir, name, SHEET_COLUMNS * SHEET_ROWS)
         if not chosen:
             continue  # texts alone
-        chosen = chosen[:wanted]
         num_rows = -(-len(chosen) // SHEET_COLUMNS)
         sheet = Image.new("L", (SHEET_COLUMNS * CELL, num_rows * (CELL + CAPTION)))
         draw = ImageDraw.Draw(sheet)
@@ -109,6 +109,25 @@ def write_contact_sheets(output_dir: Path, sources) -> None:
             picture = Image.open(io.BytesIO(row["image"]["bytes"]))
             picture.thumbnail((CELL - 4, CELL - 4))
             sheet.paste(picture, (left + (CELL - picture.width) // 2, top + (CELL - picture.height) // 2))
-            caption = f"{row['split']}: {', '.join(row['present']) or 'none stated'}"
+            caption = f"{row['split']}: {', '.join(row['present']) or 'no label'}"
             draw.text((left + 3, top + CELL + 4), caption[:26], fill=255)
         sheet.save(output_dir / f"sheet-{name}.png")
+
+
+def _choose(output_dir: Path, name: str, wanted: int) -> list[dict]:
+    """`wanted` rows with a picture, evenly spaced over the shards of a source."""
+    paths = [path for split in SPLITS for path in shards(output_dir, split, name)]
+    numbers = [pq.ParquetFile(path).metadata.num_rows for path in paths]
+    places = [(path, index) for path, number in zip(paths, numbers, strict=True) for index in range(number)]
+    chosen = []
+    for place in np.unique(np.linspace(0, len(places) - 1, min(wanted, len(places))).round().astype(int)):
+        path, index = places[place]
+        table = pq.ParquetFile(path)
+        group = 0
+        while index >= table.metadata.row_group(group).num_rows:
+            index -= table.metadata.row_group(group).num_rows
+            group += 1
+        row = table.read_row_group(group, columns=["image", "present", "split"]).slice(index, 1).to_pylist()[0]
+        if row["image"] is not None:
+            chosen.append(row)
+    return chosen

@@ -19,7 +19,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder with the saved model and processor")
     data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--manifest", help="CSV, TSV, Parquet or JSON lines file of images and labels")
+    data.add_argument("--manifest", help="folder of prepare_data.py, or a CSV, TSV, Parquet or JSON lines file")
     data.add_argument("--phantoms", type=int, help="number of made-up radiographs, of the held-out stream")
     parser.add_argument("--split", help="evaluate only this split of the manifest")
     parser.add_argument("--phantom_size", type=int, default=128, help="side of a made-up radiograph in pixels")
@@ -49,10 +49,10 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"--model: {args.model} has no config.json. Give the folder of a saved model: X/checkpoint.")
     train, log_history = report.read_train_results(args.model, args.train_results)  # before the long part
     if args.manifest:
-        from MMCLIP.data.readers import read_csv_manifest
+        from MMCLIP.data.prepared import read_manifest
 
         sources = tuple(filter(None, args.fully_labelled.split(",")))
-        rows = read_csv_manifest(args.manifest, args.split, drop_unlabelled=True, fully_labelled=sources)
+        rows = read_manifest(args.manifest, args.split, drop_unlabelled=True, fully_labelled=sources)
         data = f"{args.manifest}, split {args.split or 'all'}, {len(rows)} rows"
     else:
         from MMCLIP.data.phantom import phantom_dataset

@@ -9,6 +9,7 @@ import torch
 from ..image_processing_mmclip import load_grayscale
 from ..text.entities import Entity, LexiconRecognizer, report_labels
 from ..text.prompts import sample_prompt
+from .manifest import ENTITIES
 
 
 # Each use of randomness in a sample has its own stream, so that switching one off leaves the others as they were.
@@ -31,7 +32,8 @@ class MMCLIPDataset(torch.utils.data.Dataset):
     sample in any process. The entities of reports are found once, here, and cached by `datasets`.
 
     Args:
-        rows: Rows with the columns of `MMCLIP.data.manifest.FEATURES`; checked by `check_rows` where they are read.
+        rows: Rows with the columns of `MMCLIP.data.manifest.FEATURES`; checked by `check_rows` where they are read. A
+            column `entities` is that of a prepared data set: what `LexiconRecognizer` of today finds.
         recognizer: Text -> list of `Entity`; `LexiconRecognizer` when None.
         augmentation: (PIL image, generator) -> PIL image, as `RadiographAugmentation`; None leaves images alone.
         seed: First part of every sample's seed, not negative.
@@ -138,31 +140,28 @@ def _entities(row: dict) -> list[Entity]:
 def find_entities(rows: datasets.Dataset, recognizer: Callable[[str], list[Entity]]) -> datasets.Dataset:
     """`rows` with a column `entities` of the spans in `report`, [] where there is no report.
 
-    `datasets` caches the result. The cache is named by the rows and by `recognizer.fingerprint`, which a recogniser has
-    to change with its code and vocabulary; one without that attribute is named by its pickled state.
+    A column that is there stays if `recognizer` would fill it alike. Else `datasets` caches the result. The cache is
+    named by the rows and by `recognizer.fingerprint`, which a recogniser has to change with its code and vocabulary;
+    one without that attribute is named by its pickled state.
     """
-    features = rows.features.copy()
-    features["entities"] = datasets.List(
-        {
-            "start": datasets.Value("int32"),
-            "end": datasets.Value("int32"),
-            "concept": datasets.Value("string"),
-            "kind": datasets.Value("string"),
-            "assertion": datasets.Value("string"),
-        }
-    )
     fingerprint = getattr(recognizer, "fingerprint", None)
+    if "entities" in rows.column_names:
+        if fingerprint == LexiconRecognizer().fingerprint:
+            return rows
+        rows = rows.remove_columns("entities")
     if fingerprint is not None:
         fingerprint = datasets.fingerprint.Hasher.hash([rows._fingerprint, fingerprint])
-    return rows.map(
+    found = rows.select_columns("report").map(
         lambda reports: {
             "entities": [
                 [] if report is None else [entity._asdict() for entity in recognizer(report)] for report in reports
             ]
         },
         input_columns="report",
+        remove_columns="report",
         batched=True,
-        features=features,
+        features=datasets.Features({"entities": ENTITIES}),
         new_fingerprint=fingerprint,
         desc="Finding entities",
     )
+    return datasets.concatenate_datasets([rows, found], axis=1)  # `map` on all columns would write the images anew

@@ -1,27 +1,21 @@
 """What `examples/prepare_data.py` writes, and how it is read back."""
 
+import itertools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet as pq
 
 from ..text.entities import LexiconRecognizer
-from .manifest import FEATURES
+from ..text.vocabulary import with_broader_labels
+from .manifest import ENTITIES, FEATURES
 from .readers import read_csv_manifest
 
 
-ENTITIES = datasets.List(
-    {
-        "start": datasets.Value("int32"),
-        "end": datasets.Value("int32"),
-        "concept": datasets.Value("string"),
-        "kind": datasets.Value("string"),
-        "assertion": datasets.Value("string"),
-    }
-)
 # a manifest row, and what preparation found out; whoever loads the shards with `datasets` sees pictures
 PREPARED_FEATURES = datasets.Features(
     {
@@ -43,28 +37,53 @@ def shards(folder: Path, split: str, source: str = "") -> list[Path]:
     return sorted(path for path in (folder / split).glob("*.parquet") if is_shard(path.name))
 
 
-def read_prepared(folder: str | os.PathLike, split: str | None = None) -> datasets.Dataset:
+def read_prepared(
+    folder: str | os.PathLike, split: str | None = None, fully_labelled: Sequence[str] = ()
+) -> datasets.Dataset:
     """The rows of a prepared data set (of one split, or of all), mapped into memory: they cost none.
 
-    Columns are those of `FEATURES`, and `entities` unless the recogniser has changed since. Raises ValueError for a
-    folder whose preparation did not end, and for a split that is not there.
+    `datasets` copies the shards into its cache once, uncompressed, about as large as they are. Columns are those of
+    `FEATURES`, `pixel_hash`, and `entities` unless the recogniser has changed since. In rows of `fully_labelled`
+    sources that have labels, each label that the source uses in any split and the row does not state becomes absent.
+    Raises ValueError for a folder whose preparation did not end, and for a split of which there is no row.
     """
     folder = Path(folder)
     if not (folder / INFO_FILE).is_file():
         raise ValueError(f"{folder}: there is no {INFO_FILE}; run examples/prepare_data.py to its end first.")
     info = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
-    if split is not None and split not in SPLITS:
-        raise ValueError(f"{folder}: a prepared data set has the splits {', '.join(SPLITS)}, not {split!r}.")
-    names = SPLITS if split is None else (split,)
-    shards = [str(path) for name in names for path in sorted((folder / name).glob("*.parquet"))]
-    if not shards:
-        raise ValueError(f"{folder}: there are no rows of split {split!r}.")
-    rows = datasets.load_dataset("parquet", data_files=shards, split="train", features=PREPARED_FEATURES)
+    paths = {name: [str(path) for path in shards(folder, name)] for name in SPLITS}
+    wanted = [path for name in SPLITS if split in (None, name) for path in paths[name]]
+    if not wanted:
+        there = ", ".join(name for name, found in paths.items() if found)
+        raise ValueError(f"{folder}: no row has the split {split!r}; the splits there are {there}.")
+    rows = datasets.load_dataset("parquet", data_files=wanted, split="train", features=PREPARED_FEATURES)
     rows = rows.cast_column("image", datasets.Image(decode=False))
-    columns = list(FEATURES)
+    columns = [*FEATURES, "pixel_hash"]
     if info["entities"] == LexiconRecognizer().fingerprint:
         columns.append("entities")
-    return rows.select_columns(columns)
+    rows = rows.select_columns(columns)
+    return _complete_labels(rows, itertools.chain(*paths.values()), fully_labelled) if fully_labelled else rows
+
+
+def _complete_labels(rows: datasets.Dataset, paths: Iterable[str], fully_labelled: Sequence[str]) -> datasets.Dataset:
+    columns = ["source", "present", "absent", "uncertain"]
+    used: dict[str, set[str]] = {source: set() for source in fully_labelled}
+    for path in paths:
+        for row in pq.ParquetFile(path).read(columns=columns).to_pylist():
+            if row["source"] in used:
+                used[row["source"]].update(row["present"], row["absent"], row["uncertain"])
+    labels_of = {source: sorted(labels) for source, labels in used.items()}
+
+    def absent(row: dict) -> dict:
+        labels = labels_of.get(row["source"], ()) if row["present"] or row["absent"] else ()
+        stated = {*with_broader_labels(row["present"]), *row["absent"], *row["uncertain"]}
+        return {"absent": row["absent"] + [label for label in labels if label not in stated]}
+
+    features = datasets.Features({"absent": FEATURES["absent"]})
+    completed = rows.select_columns(columns).map(
+        absent, remove_columns=columns, features=features, desc="Completing labels"
+    )
+    return datasets.concatenate_datasets([rows.remove_columns("absent"), completed], axis=1)
 
 
 def read_manifest(
@@ -73,9 +92,12 @@ def read_manifest(
     drop_unlabelled: bool = False,
     fully_labelled: Sequence[str] = (),
 ) -> datasets.Dataset:
-    """The rows of a table (`read_csv_manifest`, which explains the arguments) or of a prepared folder."""
+    """The rows of a table (`read_csv_manifest`, which explains the arguments) or of a prepared folder.
+
+    A prepared folder has no rows without text and labels, so there is nothing to drop.
+    """
     if Path(path).is_dir():
-        return read_prepared(path, split)
+        return read_prepared(path, split, fully_labelled)
     return read_csv_manifest(path, split, drop_unlabelled=drop_unlabelled, fully_labelled=fully_labelled)
 
 

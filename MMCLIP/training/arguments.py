@@ -75,9 +75,11 @@ class ModelArguments:
 class DataArguments:
     """Which images and texts, and what the batch is made of."""
 
-    train_manifest: list[str] = _option("Manifest files (CSV, TSV, Parquet, JSON lines) to train on", [])
+    train_manifest: list[str] = _option(
+        "Folders of prepare_data.py, or tables (CSV, TSV, Parquet, JSON lines), to train on", []
+    )
     train_split: str = _option("Rows with this `split` are trained on", "train")
-    validation_manifest: list[str] = _option("Manifest files to choose the best checkpoint on", [])
+    validation_manifest: list[str] = _option("The same, to choose the best checkpoint on", [])
     validation_split: str = _option("Rows with this `split` are validated on", "val")
     fully_labelled: list[str] = _option("Sources in which a label that is not listed is absent", [])
     drop_unlabelled: bool = _option("Leave out rows that have neither text nor label, with a warning", False)
@@ -105,8 +107,8 @@ class DataArguments:
         self.tokenizer_name_or_path = resolve_path(self.tokenizer_name_or_path)
         self.validation_labels = [canonical_label(label, "validation_labels") for label in self.validation_labels]
         for path in [*self.train_manifest, *self.validation_manifest]:
-            if not Path(path).is_file():
-                raise ValueError(f"There is no manifest file {path}.")
+            if not Path(path).exists():
+                raise ValueError(f"There is no manifest file {path}, nor a folder of that name.")
 
 
 @dataclass

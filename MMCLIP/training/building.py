@@ -12,7 +12,8 @@ from ..data.collator import MMCLIPCollator
 from ..data.dataset import MMCLIPDataset
 from ..data.manifest import check_rows
 from ..data.phantom import phantom_dataset
-from ..data.readers import read_csv_manifest
+from ..data.prepared import concatenate_rows, read_manifest
+from ..data.readers.overlaps import known_overlaps
 from ..image_processing_mmclip import MMCLIPImageProcessor
 from ..modeling_mmclip import MMCLIPForPreTraining
 from ..processing_mmclip import MMCLIPProcessor, default_tokenizer
@@ -31,10 +32,7 @@ def build_rows(data: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset 
         (data.validation_manifest, data.validation_split, validation),
     ):
         for path in paths:
-            rows = read_csv_manifest(
-                path, split=split, drop_unlabelled=data.drop_unlabelled, fully_labelled=tuple(data.fully_labelled)
-            )
-            parts.append(rows)
+            parts.append(read_manifest(path, split, data.drop_unlabelled, tuple(data.fully_labelled)))
     size, seed = data.phantom_size, data.phantom_seed
     if data.num_phantoms:
         train.append(
@@ -44,12 +42,28 @@ def build_rows(data: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset 
         )
     if data.num_validation_phantoms:
         validation.append(phantom_dataset(data.num_validation_phantoms, size=size, seed=seed, split="val"))
-    train_rows = datasets.concatenate_datasets(train)
-    validation_rows = datasets.concatenate_datasets(validation) if validation else None
+    train_rows = concatenate_rows(train)
+    validation_rows = concatenate_rows(validation) if validation else None
     check_rows(*([train_rows] if validation_rows is None else [train_rows, validation_rows]))
+    if validation_rows is not None:
+        _check_overlap(train_rows, validation_rows)
     if data.shuffle_pairs:
         train_rows = shuffle_images(train_rows, seed=0)
     return train_rows, validation_rows
+
+
+def _check_overlap(train_rows: datasets.Dataset, validation_rows: datasets.Dataset) -> None:
+    """Raises ValueError for a picture in both, where preparation left its hash; warns of sets known to share some."""
+    if "pixel_hash" in train_rows.column_names and "pixel_hash" in validation_rows.column_names:
+        seen = set(train_rows["pixel_hash"]) - {""}
+        shared = [index for index, pixels in enumerate(validation_rows["pixel_hash"]) if pixels in seen]
+        if shared:
+            raise ValueError(
+                f"{len(shared)} of {len(validation_rows)} pictures to validate on are trained on too, the first in row "
+                f"{validation_rows[shared[0]]['row_id']!r}. Prepare both sets in one run, with --duplicates drop."
+            )
+    for sentence in known_overlaps(train_rows.unique("source"), validation_rows.unique("source")):
+        logger.warning(sentence)
 
 
 def shuffle_images(rows: datasets.Dataset, seed: int) -> datasets.Dataset:

@@ -64,8 +64,8 @@ def _rows(folder, split, table, votes, boxes, classes, num_readers, policy, repo
         if len(readers) != num_readers:
             report_problem(where, f"{len(readers)} readers, expected {num_readers}")
             continue
-        present = [label for label, count in counts.items() if count >= needed and label != NO_FINDING]
-        uncertain = [label for label, count in counts.items() if count < needed and label != NO_FINDING]
+        present = [label for label in complete if counts[label] >= needed]
+        uncertain = [label for label in complete if 0 < counts[label] < needed]
         if not present and counts[NO_FINDING] >= needed:
             present = [NO_FINDING]
         found = labels_of(where, report_problem, present=present, uncertain=uncertain)

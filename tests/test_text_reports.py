@@ -9,6 +9,10 @@ def test_marks_of_removed_words_and_runs_of_blanks_go():
     )
 
 
+def test_sentence_of_removed_words_alone_goes_with_its_period():
+    assert clean_report("Lungs clear. XXXX. Heart normal. ___ ___.") == "Lungs clear. Heart normal."
+
+
 def test_blank_line_stays_a_sentence_border():
     assert clean_report("Heart normal\n\nLungs clear.\n\nNo effusion") == "Heart normal. Lungs clear. No effusion"
 

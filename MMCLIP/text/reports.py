@@ -6,6 +6,7 @@ import re
 # What the public sets write in place of removed words: Open-i XXXX, MIMIC-CXR ___ and [** ... **].
 _REMOVED = re.compile(r"\[\*\*.*?\*\*\]|_{2,}|\bX{3,}\b", re.DOTALL)
 _BLANK_LINE = re.compile(r"(?<=[\w)])[ \t]*\r?\n\s*\r?\n\s*(?=\S)")
+_EMPTY_SENTENCE = re.compile(r"([.!?])\s*(?:\0\s*)+[.!?]")  # each \0 a mark
 _ABBREVIATIONS = frozenset(
     "dr mr mrs ms prof st vs cf fig figs no approx ca e.g i.e eg ie resp incl max min vol s.p a.m p.m al".split()
 )
@@ -15,12 +16,13 @@ _SENTENCE_END = re.compile(r"[.!?]+(?=[\s\"')\]]|$)|\n\s*\n|;(?=\s)")
 def clean_report(text: str) -> str:
     """Report text with the marks of de-identification taken out and every run of white space made one blank.
 
+    A sentence of nothing but such marks goes with its period.
     A blank line stays a sentence border: it becomes ". " where the text before it ends without punctuation.
     Returns "" for a text that holds nothing else; whether that is an error is for the caller to say.
     """
     # most reports have none of this, and looking for a character is many times as fast as the expression
     if "_" in text or "XXX" in text or "[**" in text:
-        text = _REMOVED.sub(" ", text)
+        text = _EMPTY_SENTENCE.sub(r"\1", _REMOVED.sub("\0", text)).replace("\0", " ")
     if "\n" in text:
         text = _BLANK_LINE.sub(". ", text)
     text = " ".join(text.split())

@@ -22,9 +22,9 @@ def write_table(path, *lines, encoding="utf-8"):
 
 
 def draw(*paths):
-    for path in paths:
+    for number, path in enumerate(paths):
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (8, 8), 128).save(path, format="PNG")
+        Image.new("L", (8, 8), 40 + 30 * number).save(path, format="PNG")
 
 
 def read(name, folder, **options):

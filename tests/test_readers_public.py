@@ -9,6 +9,8 @@ import pytest
 from public_sets import draw, labels, read, write_table
 
 from MMCLIP.data.manifest import check_rows, rows_to_dataset
+from MMCLIP.data.preparation import prepare
+from MMCLIP.data.prepared import read_prepared
 from MMCLIP.data.readers import LEFT_OUT, SOURCES, source_rows
 from MMCLIP.data.readers.chestxray14 import LABELS as NIH_LABELS
 from MMCLIP.data.readers.chexpert import LABELS as CHEXPERT_LABELS
@@ -54,13 +56,13 @@ def nih_line(image, found, patient, view="PA"):
     return [image, found, 0, patient, 58, "M", view, 2682, 2749, 0.143, 0.143]
 
 
-def chestxray14(folder, *lines, table="Data_Entry_2017_v2020.csv"):
+def chestxray14(folder, *lines):
     lines = lines or (
         nih_line("00000001_000.png", "Cardiomegaly|Effusion", 1),
         nih_line("00000002_000.png", "No Finding", 2, "AP"),
         nih_line("00000003_000.png", "Pleural_Thickening|Infiltration", 3),
     )
-    write_table(folder / table, NIH_HEADER, *lines)
+    write_table(folder / "Data_Entry_2017_v2020.csv", NIH_HEADER, *lines)
     (folder / "train_val_list.txt").write_text("00000001_000.png\n00000002_000.png\n")
     (folder / "test_list.txt").write_text("00000003_000.png")
     write_table(
@@ -146,6 +148,18 @@ def test_chestxray14_names_file_and_line_of_what_is_wrong(tmp_path):
         assert expected in reason
     with pytest.raises(ValueError, match="line 3: image '00000001_000.png' occurs twice"):
         list(source_rows("chestxray14", tmp_path))
+
+
+def test_preparation_takes_a_public_set_with_options_of_its_reader(tmp_path):
+    chestxray14(tmp_path / "nih")
+    draw(*(tmp_path / "nih/images" / f"0000000{n}_000.png" for n in (1, 2, 3)))
+    options = {"chestxray14": {"val_share": "0.999999"}}  # as text, as from a command line
+    prepare({"chestxray14": str(tmp_path / "nih")}, tmp_path / "out", source_options=options, num_proc=1)
+    splits = {row["row_id"]: row["split"] for row in read_prepared(tmp_path / "out")}
+    assert list(splits.values()).count("val") == 2 and splits["chestxray14/00000003_000.png"] == "test"
+    with pytest.raises(ValueError, match="chestxray14.val_share is 'many', expected float"):
+        options = {"chestxray14": {"val_share": "many"}}
+        prepare({"chestxray14": str(tmp_path / "nih")}, tmp_path / "other", source_options=options, num_proc=1)
 
 
 def test_chestxray14_without_its_test_list_is_an_error(tmp_path):

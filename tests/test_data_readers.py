@@ -152,9 +152,21 @@ def test_missing_table_broken_json_and_unknown_type_are_errors(folder):
         read_csv_manifest(write(folder, '{"file": "images/1.png", "labels": "mass"}\n{"file"\n', "rows.jsonl"))
     with pytest.raises(ValueError, match="'.xlsx'; expected .csv"):
         read_csv_manifest(write(folder, "x", "rows.xlsx"))
-    (folder / "latin.csv").write_bytes("file,text\nimages/1.png,Ödem\n".encode("latin-1"))
-    with pytest.raises(ValueError, match="not a UTF-8 csv"):
-        read_csv_manifest(folder / "latin.csv")
+
+
+def test_lines_that_are_not_utf8_are_read_as_windows_1252(folder):
+    lines = "file,text\nimages/1.png,Ödem\n".encode() + "images/2.png,Größe unverändert\n".encode("cp1252")
+    (folder / "mixed.csv").write_bytes(lines)
+    assert read_csv_manifest(folder / "mixed.csv")["report"][:] == ["Ödem", "Größe unverändert"]
+
+
+def test_a_row_with_another_number_of_fields_is_left_out_where_problems_are_reported(folder):
+    path = write(folder, "file,text\nimages/1.png,No mass.,x\nimages/2.png,Mass.\nimages/3.png\n")
+    problems = []
+    rows = read_csv_manifest(path, report_problem=lambda where, reason: problems.append((where, reason)))
+    assert rows["report"][:] == ["Mass."]
+    assert [where.rpartition(" ")[2] for where, _ in problems] == ["2", "4"]
+    assert all("another number of fields than the header's 2" in reason for _, reason in problems)
 
 
 @pytest.mark.skipif(not SAMPLES.is_file(), reason="the real samples are not beside this checkout")

@@ -15,7 +15,7 @@ import datasets
 from ...text.reports import clean_report
 from ...text.vocabulary import canonical_label, with_broader_labels
 from ..manifest import make_row, rows_to_dataset
-from .tables import LEFT_OUT, Report, raise_problem
+from .tables import LEFT_OUT, Report, raise_problem, text_lines
 
 
 logger = logging.getLogger(__name__)
@@ -52,8 +52,8 @@ def read_csv_manifest(
     makes an unpaired row, an empty file a text-only row; an empty `labels` means unknown, not normal.
 
     Args:
-        path: A .csv (RFC 4180), .tsv, .jsonl or .parquet file, text in UTF-8. In .jsonl and .parquet, label
-            columns may be lists.
+        path: A .csv (RFC 4180), .tsv, .jsonl or .parquet file, text in UTF-8; a line that is not is read as
+            Windows-1252. In .jsonl and .parquet, label columns may be lists.
         split: Keep only the rows of this split.
         drop_unlabelled: Leave out rows with neither text nor labels, with one warning that counts them. Without it
             they are a problem.
@@ -81,9 +81,11 @@ def read_csv_manifest(
         names = None
         for line, record in _read_table(path):
             where = f"{path}, line {line}"
-            if names is None:
-                names = _column_names(path, record.keys())
             try:
+                if isinstance(record, _BadRow):
+                    raise record
+                if names is None:
+                    names = _column_names(path, record.keys())
                 row = _row(path, folder, line, record, names)
                 _check_patient(row, line, patients)
             except _BadRow as error:
@@ -160,42 +162,39 @@ def _read_table(path: Path) -> Iterator[tuple[int, dict]]:
         raise ValueError(f"{path}: cannot read a manifest of type {kind!r}; expected .csv, .tsv, .jsonl or .parquet.")
 
 
-def _read_separated(path: Path, separator: str) -> Iterator[tuple[int, dict]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=separator, strict=True)
-        try:
-            if reader.fieldnames and len(set(reader.fieldnames)) < len(reader.fieldnames):
-                twice = [name for name, count in Counter(reader.fieldnames).items() if count > 1]
-                raise ValueError(f"{path}: the header names {twice} more than once; keep one column of each name.")
-            for record in reader:
-                if None in record or None in record.values():
-                    raise ValueError(
-                        f"{path}, line {reader.line_num}: the row has another number of fields than the header's "
-                        f"{len(reader.fieldnames)}. Quote fields that contain the separator."
-                    )
-                yield reader.line_num, record
-        except (csv.Error, UnicodeDecodeError) as error:
-            kind = path.suffix.lower()[1:]
-            raise ValueError(f"{path}, after line {reader.line_num}: not a UTF-8 {kind}: {error}") from error
+def _read_separated(path: Path, separator: str) -> Iterator[tuple[int, dict | _BadRow]]:
+    reader = csv.DictReader(text_lines(path), delimiter=separator, strict=True)
+    try:
+        if reader.fieldnames and len(set(reader.fieldnames)) < len(reader.fieldnames):
+            twice = [name for name, count in Counter(reader.fieldnames).items() if count > 1]
+            raise ValueError(f"{path}: the header names {twice} more than once; keep one column of each name.")
+        for record in reader:
+            if None in record or None in record.values():
+                record = _BadRow(
+                    f"the row has another number of fields than the header's {len(reader.fieldnames)}. Quote fields "
+                    "that contain the separator."
+                )
+            yield reader.line_num, record
+    except csv.Error as error:
+        raise ValueError(f"{path}, after line {reader.line_num}: not a readable table: {error}") from error
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
     columns: dict[str, None] = {}  # of the whole file: a record may leave out what it has nothing for
     for is_second_pass in (False, True):
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not a JSON object: {error}") from error
-                if not isinstance(record, dict):
-                    raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}.")
-                if is_second_pass:
-                    yield number, {name: record.get(name) for name in columns}
-                else:
-                    columns.update(dict.fromkeys(record))
+        for number, line in enumerate(text_lines(path), start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not a JSON object: {error}") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}.")
+            if is_second_pass:
+                yield number, {name: record.get(name) for name in columns}
+            else:
+                columns.update(dict.fromkeys(record))
 
 
 def _column_names(path: Path, columns: Sequence[str]) -> dict[str, str]:

@@ -71,7 +71,7 @@ def decode_text(data: bytes) -> str:
     return data.decode("latin-1")
 
 
-def _lines(path: Path) -> Iterator[str]:
+def text_lines(path: Path) -> Iterator[str]:
     """The lines of a text file, of a .gz or of the one file in a .zip; a line that is not UTF-8 by `decode_text`."""
     with path.open("rb") as raw:
         if path.suffix == ".gz":
@@ -108,7 +108,7 @@ def read_table(
     a missing or doubled column, naming those that are there, and for a file that is no CSV table, or is cut off.
     """
     path = Path(path)
-    reader = csv.reader(_lines(path), strict=True)
+    reader = csv.reader(text_lines(path), strict=True)
     try:
         header = [name.strip() for name in next(reader, ())]
         width = len(header)
@@ -246,4 +246,5 @@ __all__ = [
     "labels_of",
     "raise_problem",
     "read_table",
+    "text_lines",
 ]

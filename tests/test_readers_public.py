@@ -42,6 +42,8 @@ def test_trap_11_sets_inside_one_another_are_named():
     assert len(known_overlaps(["rsna", "siim"], ["chestxray14"])) == 2
     public = [name for name in SOURCES if name not in ("mimic-cxr", "padchest", "folder")]
     assert known_overlaps(["mimic-cxr", "padchest"], public) == []
+    assert len(known_overlaps({"chestxray14"}, ["covidx-rsna", "covidx-cohen"])) == 1
+    assert known_overlaps(["covidx-rsna"], ["covidx-rsna", "covidx"]) == []
 
 
 # --------------------------------------------------------------------------------------------------------- ChestX-ray14

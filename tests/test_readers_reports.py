@@ -207,8 +207,8 @@ def openi(folder):
     texts = {
         "1": openi_xml(1, "Lungs clear. XXXX.", "No disease", ["normal"], (), films),
         "2": openi_xml(
-            2, "", "Effusions.", ["Pleural Effusion/bilateral"],
-            ["Pleural Effusions", "pericardial effusion", "Atelectases"], ["CXR2_IM-0652-1001"],
+            2, "", "Effusion.", ["Pericardial Effusion"],
+            ["Pericardial Effusion", "Atelectases", "Infiltrates"], ["CXR2_IM-0652-1001"],
         ),
         "10": openi_xml(10, "", "", ["No Indexing"], (), ["CXR10_IM-0002-1001"]),
         "11": openi_xml(11, "Fine.", "Normal.", ["normal"]),
@@ -228,11 +228,11 @@ def test_openi_reports_are_paired_with_each_film_and_the_index_gives_labels(tmp_
     assert {name: (row["report"], row["study_id"], row["patient_id"]) for name, row in rows.items()} == {
         "CXR1_1_IM-0001-3001.png": ("Lungs clear. No disease.", "CXR1", "CXR1"),
         "CXR1_1_IM-0001-4001.png": ("Lungs clear. No disease.", "CXR1", "CXR1"),
-        "CXR2_IM-0652-1001.png": ("Effusions.", "CXR2", "CXR2"),
+        "CXR2_IM-0652-1001.png": ("Effusion.", "CXR2", "CXR2"),
     }
     assert labels(rows["CXR1_1_IM-0001-3001.png"]) == {"present": ["no finding"]}
-    # the index also says pericardial effusion, which is none of the pleura
-    assert labels(rows["CXR2_IM-0652-1001.png"]) == {"present": ["atelectasis", "pleural effusion"]}
+    # the index also says pericardial effusion, which is no pleural one
+    assert labels(rows["CXR2_IM-0652-1001.png"]) == {"present": ["atelectasis", "infiltration"]}
     assert {row["split"] for row in rows.values()} == {""}
     reasons = [reason for _, reason in problems]
     assert reasons[:2] == [

@@ -7,6 +7,7 @@ name and renamed. So a run that is killed goes on where it was, and nothing is l
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -101,7 +102,7 @@ def prepare(
         counts = _write_quarantine(output_dir, sources)
         write_summary(output_dir, options, counts, warnings, num_rows, seconds)
         write_contact_sheets(output_dir, sources)
-        problems += _too_many_bad(counts, max_bad_share)
+        problems += _too_many_bad({name: (found.bad, found.good) for name, found in counts.items()}, max_bad_share)
         if problems:
             raise ValueError(
                 f"{output_dir} is not fit for training: {'; '.join(problems)}. {QUARANTINE_FILE} has the reasons. What "
@@ -165,7 +166,11 @@ def _index(output_dir: Path, sources, source_options, options: PreparationOption
             write_index(folders[name], name, place, source_options.get(name), options)
     try:
         sources_of = check_indexes(folders)
-        if problems := _too_many_bad(_write_quarantine(output_dir, sources), max_bad_share):
+        in_tables = {
+            name: (_num_bad(_in_table(folder)["bad"]), _num_indexed(folder)) for name, folder in folders.items()
+        }
+        if problems := _too_many_bad(in_tables, max_bad_share):
+            _write_quarantine(output_dir, sources)
             raise ValueError(
                 f"{'; '.join(problems)}. {output_dir / QUARANTINE_FILE} has the reasons. Mend the table, or raise "
                 "max_bad_share."
@@ -207,7 +212,7 @@ def _run_chunks(output_dir: Path, sources, source_options, options: PreparationO
 
 
 def _is_done(marker: Path, retry: bool) -> bool:
-    return marker.is_file() and not (retry and any(not is_left_out(reason) for *_, reason in _noted(marker)["bad"]))
+    return marker.is_file() and not (retry and _num_bad(_noted(marker)["bad"]))
 
 
 def _run_in_processes(tasks: list[tuple], num_proc: int, bar) -> None:
@@ -258,7 +263,7 @@ def _prepare_chunk(
 ) -> int:
     """One chunk of an index to its shards and its marker; returns its number of rows."""
     table = pq.ParquetFile(output_dir / WORK / name / INDEX_FILE).read_row_group(number)
-    recognizer = LexiconRecognizer()
+    recognizer = _recognizer()
     rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
     bad = []
     for row in table.to_pylist():
@@ -276,6 +281,11 @@ def _prepare_chunk(
             path.unlink(missing_ok=True)  # of an earlier try
     _write_atomically(_marker(output_dir, name, number), json.dumps({"rows": table.num_rows, "bad": bad}).encode())
     return table.num_rows
+
+
+@functools.cache
+def _recognizer() -> LexiconRecognizer:
+    return LexiconRecognizer()  # one for all chunks of a process
 
 
 def prepare_row(row: dict, recognizer: LexiconRecognizer, options: PreparationOptions) -> dict:
@@ -404,22 +414,34 @@ def _write_quarantine(output_dir: Path, sources) -> dict[str, SourceCounts]:
         writer.writerow(["source", "file", "row_id", "reason"])
         for name in sources:
             folder = output_dir / WORK / name
-            in_table = json.loads((folder / PROBLEMS_FILE).read_text(encoding="utf-8"))
+            in_table = _in_table(folder)
             in_chunks = [problem for path in sorted(folder.glob("chunk-*.json")) for problem in _noted(path)["bad"]]
             problems = in_table["bad"] + in_chunks
             writer.writerows([name, *problem] for problem in problems)
             left_out = dict(in_table["left_out"])
-            if from_purpose := sum(is_left_out(reason) for *_, reason in problems):
-                left_out[f"for the reasons in {QUARANTINE_FILE}"] = from_purpose
-            indexed = pq.ParquetFile(folder / INDEX_FILE).metadata.num_rows
-            counts[name] = SourceCounts(indexed - len(in_chunks), len(problems) - from_purpose, left_out)
+            bad = _num_bad(problems)
+            if len(problems) > bad:
+                left_out[f"for the reasons in {QUARANTINE_FILE}"] = len(problems) - bad
+            counts[name] = SourceCounts(_num_indexed(folder) - len(in_chunks), bad, left_out)
     os.replace(temporary, output_dir / QUARANTINE_FILE)
     return counts
 
 
-def _too_many_bad(counts: dict[str, SourceCounts], max_bad_share: float) -> list[str]:
+def _in_table(folder: Path) -> dict:
+    return json.loads((folder / PROBLEMS_FILE).read_text(encoding="utf-8"))
+
+
+def _num_indexed(folder: Path) -> int:
+    return pq.ParquetFile(folder / INDEX_FILE).metadata.num_rows
+
+
+def _num_bad(problems: list) -> int:
+    return sum(not is_left_out(reason) for *_, reason in problems)
+
+
+def _too_many_bad(counts: dict[str, tuple[int, int]], max_bad_share: float) -> list[str]:
     return [
-        f"of {name}, {found.bad} of {found.bad + found.good} rows cannot be used (at most {max_bad_share:.1%} may)"
-        for name, found in counts.items()
-        if found.bad > max_bad_share * (found.bad + found.good)
+        f"of {name}, {bad} of {bad + good} rows cannot be used (at most {max_bad_share:.1%} may)"
+        for name, (bad, good) in counts.items()
+        if bad > max_bad_share * (bad + good)
     ]

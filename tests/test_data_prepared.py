@@ -327,7 +327,8 @@ def test_two_real_processes_with_workers_see_each_row_once_an_epoch(folder, tmp_
         "seen = [index for batch in trainer.get_train_dataloader() for index in batch['index'].tolist()]\n"
         "(place / f'{arguments.process_index}.json').write_text(json.dumps([len(dataset), seen]))\n"
     )
-    words = [*training_words(folder, tmp_path), "--dataloader_num_workers", "2", "--dataloader_drop_last", "True"]
+    words = [*training_words(folder, tmp_path), "--eval_strategy", "no"]
+    words += ["--dataloader_num_workers", "2", "--dataloader_drop_last", "True"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, str(script), str(tmp_path), *words], check=True, env=environment, timeout=300)

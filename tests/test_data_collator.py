@@ -9,6 +9,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
+from MMCLIP.data.augmentation import DRAWS, RadiographAugmentation
 from MMCLIP.data.collator import MMCLIPCollator, group_id
 from MMCLIP.text.entities import LexiconRecognizer, report_labels
 
@@ -220,6 +221,29 @@ def test_same_seed_epoch_and_index_give_the_same_batch_in_any_company():
     later = collator([sample(text, 2, sample_seed=(0, 1, 2))])
     assert (later["mim_noise"] != alone["mim_noise"]).any()
     assert 0 <= together["mim_noise"].min() and together["mim_noise"].max() < 1
+
+
+def test_augmentation_is_drawn_from_seed_epoch_and_index_in_any_company():
+    collator = MMCLIPCollator(processor(), num_patches=5, augmentation=RadiographAugmentation())
+    together = collator([sample("Mass.", index) for index in range(4)])["augmentation_draws"]
+    assert together.shape == (4, len(DRAWS)) and together.dtype == torch.float32
+    assert len(set(together.flatten().tolist())) == 4 * len(DRAWS)
+    # two processes of half a batch each, and a row by itself
+    halves = [collator([sample("Edema.", index) for index in half])["augmentation_draws"] for half in ((0, 1), (2, 3))]
+    assert torch.equal(torch.cat(halves), together)
+    for other in ((1, 0, 2), (0, 1, 2), (0, 0, 3)):
+        alone = collator([sample("Mass.", sample_seed=other)])["augmentation_draws"][0]
+        assert not (alone == together[2]).any()
+
+
+def test_augmentation_leaves_the_other_draws_alone_and_is_not_drawn_where_it_is_off():
+    off = RadiographAugmentation(max_rotation=0, max_translation=0, max_scaling=0, max_contrast=0, noise_std=0)
+    samples = [sample("Effusion and mass. No pneumothorax.", index) for index in range(3)]
+    plain = MMCLIPCollator(processor(), num_patches=5)(samples)
+    augmented = MMCLIPCollator(processor(), num_patches=5, augmentation=RadiographAugmentation())(samples)
+    assert augmented.keys() - plain.keys() == {"augmentation_draws"}
+    assert all(torch.equal(plain[name], augmented[name]) for name in plain), "images wait for the trainer"
+    assert MMCLIPCollator(processor(), num_patches=5, augmentation=off)(samples).keys() == plain.keys()
 
 
 def test_global_random_state_is_neither_used_nor_changed():

@@ -253,6 +253,7 @@ def test_what_the_arguments_say_reaches_augmentation_and_collator(labelled):
         labelled, max_rotation=1.5, max_translation=0.0, noise_std=0.0, mlm_masking="random", mlm_ratio=0.25
     )
     assert dataset.seed == 7
-    assert dataset.augmentation.max_rotation == 1.5 and dataset.augmentation.noise_std == 0.0
+    assert collator.augmentation.max_rotation == 1.5 and collator.augmentation.noise_std == 0.0
+    assert (collator.augmentation.black, collator.augmentation.white) == (-2, 2), "as the image processor makes them"
     assert collator.mlm_masking == "random" and collator.mlm_ratio == 0.25
     assert collator.num_patches == 16 and collator.max_length == 64

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForPreTraining, AutoProcessor, TrainerState
 
 from MMCLIP import MMCLIPForPreTraining, MMCLIPProcessor
+from MMCLIP.data.augmentation import RadiographAugmentation
 from MMCLIP.data.collator import MMCLIPCollator
 from MMCLIP.data.dataset import COLLATOR_STREAM, MMCLIPDataset, sample_generator
 from MMCLIP.data.phantom import phantom_dataset
@@ -244,6 +245,48 @@ def test_zero_shot_validation_is_logged_and_the_best_checkpoint_is_what_remains(
     assert state["best_metric"] == best["eval_macro_auroc"]
     assert Path(state["best_model_checkpoint"]).name == f"checkpoint-{best['step']}"
     assert same_bits(weights(folder / "checkpoint"), weights(folder / f"checkpoint-{best['step']}"))
+
+
+# ------------------------------------------------------------------------------------------------ augmented in training
+
+
+class Listening(MMCLIPForPreTraining):
+    """Keeps what it was given."""
+
+    def forward(self, **batch):
+        self.batch = batch
+        return super().forward(**batch)
+
+
+def test_the_model_trains_on_augmented_images_and_is_measured_on_plain_ones(tmp_path):
+    trainer = make_trainer(tmp_path, Listening(tiny_config(vocab_size=len(MMCLIPProcessor().tokenizer))))
+    augmentation = trainer.data_collator.augmentation = RadiographAugmentation()
+    samples = [{**trainer.train_dataset[row], **({"image": None} if row == 2 else {})} for row in range(3)]
+    batch = trainer.data_collator(samples)
+    draws = batch["augmentation_draws"]
+    assert batch["has_image"].tolist() == [True, True, False]
+
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, dict(batch))
+    seen = trainer.model.batch
+    assert seen.keys() == batch.keys() - {"augmentation_draws"}
+    assert torch.equal(seen["pixel_values"][:2], augmentation(batch["pixel_values"], draws)[:2])
+    assert (seen["pixel_values"] - batch["pixel_values"])[:2].abs().flatten(1).mean(dim=1).min() > 0.05
+    assert seen["pixel_values"][2].abs().max() == 0
+
+    trainer.model.eval()
+    trainer.compute_loss(trainer.model, dict(batch))
+    assert torch.equal(trainer.model.batch["pixel_values"], batch["pixel_values"])
+    assert "augmentation_draws" not in trainer.model.batch
+
+
+def test_each_augmentation_option_of_a_run_reaches_the_images(tmp_path):
+    off = {"max_rotation": 0, "max_translation": 0, "max_scaling": 0, "max_contrast": 0, "noise_std": 0}
+    quick = {"num_phantoms": 8, "num_unpaired_phantoms": 0, "max_steps": 1, "save_strategy": "no"}
+    changes = [off, *({**off, name: 0.1} for name in off)]
+    runs = [run(tmp_path / str(number), **quick, **change)[0] for number, change in enumerate(changes)]
+    losses = {log_of(folder)[0]["grad_norm"] for folder in runs}
+    assert len(losses) == 6
 
 
 # -------------------------------------------------------------------------------------------------------- the optimiser

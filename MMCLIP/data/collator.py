@@ -1,4 +1,4 @@
-"""Samples -> batch. All randomness of masking is drawn here, from each sample's (seed, epoch, index)."""
+"""Samples -> batch. All randomness of masks and augmentation is drawn here, from each sample's (seed, epoch, index)."""
 
 import hashlib
 import re
@@ -13,7 +13,8 @@ from transformers.utils import logging
 from ..text.entities import Entity
 from ..text.prompts import negative_prompts, positive_prompts
 from ..text.vocabulary import LABEL_KINDS, canonical_label
-from .dataset import BATCH_STREAM, COLLATOR_STREAM, sample_generator
+from .augmentation import RadiographAugmentation
+from .dataset import AUGMENTATION_STREAM, BATCH_STREAM, COLLATOR_STREAM, sample_generator
 
 
 logger = logging.get_logger(__name__)
@@ -23,6 +24,9 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 class MMCLIPCollator:
     """Makes samples of `MMCLIPDataset` one batch; its keys are the arguments of `MMCLIPForPreTraining.forward`.
+
+    One key is not, and goes no further than `MMCLIPTrainer`, which augments the images where the batch then is:
+    `augmentation_draws` (B, 9), there when `augmentation` changes anything.
 
     | key | shape, values |
     | --- | --- |
@@ -48,6 +52,7 @@ class MMCLIPCollator:
         mlm_ratio: Share of a text's entities that is hidden, in (0, 1].
         prompt_labels: Labels for which each batch carries a prompt pair.
         max_length: Tokens of a text at most; the tokenizer's `model_max_length` when None.
+        augmentation: What its draws are made for.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class MMCLIPCollator:
         mlm_ratio: float = 0.5,
         prompt_labels: Sequence[str] = (),
         max_length: int | None = None,
+        augmentation: RadiographAugmentation | None = None,
     ):
         tokenizer = processor.tokenizer
         if not getattr(tokenizer, "is_fast", False):
@@ -86,6 +92,7 @@ class MMCLIPCollator:
         self.mlm_masking = mlm_masking
         self.mlm_ratio = mlm_ratio
         self.max_length = max_length
+        self.augmentation = augmentation
         self.prompt_labels = tuple(canonical_label(label, where="prompt_labels") for label in prompt_labels)
         self._prompt_pairs = [
             list(zip(positive_prompts(label), negative_prompts(label), strict=True)) for label in self.prompt_labels
@@ -118,6 +125,10 @@ class MMCLIPCollator:
             "group_ids": torch.tensor([group_id(text) for text in texts], dtype=torch.int64),
             "mim_noise": torch.from_numpy(mim_noise),
         }
+        if self.augmentation is not None and not self.augmentation.is_off:
+            generators = [sample_generator(sample["sample_seed"], AUGMENTATION_STREAM) for sample in samples]
+            draws = np.stack([self.augmentation.draw(generator) for generator in generators])
+            batch["augmentation_draws"] = torch.from_numpy(draws)
         if self.prompt_labels:
             batch.update(self._prompts(samples))
         return batch

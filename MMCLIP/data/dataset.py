@@ -35,7 +35,6 @@ class MMCLIPDataset(torch.utils.data.Dataset):
         rows: Rows with the columns of `MMCLIP.data.manifest.FEATURES`; checked by `check_rows` where they are read. A
             column `entities` is that of a prepared data set: what `LexiconRecognizer` of today finds.
         recognizer: Text -> list of `Entity`; `LexiconRecognizer` when None.
-        augmentation: (PIL image, generator) -> PIL image, as `RadiographAugmentation`; None leaves images alone.
         seed: First part of every sample's seed, not negative.
         unpaired_texts: "prompt" (drawn in each epoch) or "label" (the bare label names, always the same).
         paired_labels: labels of a row with a report: "report" (what it states), "stored" (the row's own) or "both"
@@ -48,7 +47,6 @@ class MMCLIPDataset(torch.utils.data.Dataset):
         rows: datasets.Dataset,
         *,
         recognizer: Callable[[str], list[Entity]] | None = None,
-        augmentation: Callable | None = None,
         seed: int = 0,
         unpaired_texts: str = "prompt",
         paired_labels: str = "report",
@@ -61,7 +59,6 @@ class MMCLIPDataset(torch.utils.data.Dataset):
         if seed < 0:
             raise ValueError(f"seed is {seed}, expected a number that is not negative.")
         self.recognizer = recognizer if recognizer is not None else LexiconRecognizer()
-        self.augmentation = augmentation
         self.seed = int(seed)
         self.unpaired_texts = unpaired_texts
         self.paired_labels = paired_labels
@@ -83,8 +80,10 @@ class MMCLIPDataset(torch.utils.data.Dataset):
 
     def labels(self) -> Iterator[tuple[list[str], list[str]]]:
         """(present, absent) of every sample, in order and without reading images."""
-        for row in self.rows.remove_columns("image"):
-            yield self._labels(row, _entities(row))
+        columns = self.rows.select_columns(["report", "present", "absent", "entities"]).with_format("arrow")
+        for table in columns.iter(batch_size=1000):
+            for row in table.to_pylist():
+                yield self._labels(row, _entities(row))
 
     def __getitem__(self, index: int) -> dict:
         index = range(len(self))[index]
@@ -102,8 +101,6 @@ class MMCLIPDataset(torch.utils.data.Dataset):
             where = f"row {row['row_id']!r}"
             stored = row["image"]["bytes"] if row["image"]["bytes"] is not None else row["image"]["path"]
             image = load_grayscale(stored, where=where)
-            if self.augmentation is not None:
-                image = self.augmentation(image, sample_generator(sample_seed, AUGMENTATION_STREAM))
         return {
             "row_id": row["row_id"],
             "image": image,

@@ -5,6 +5,7 @@ from collections import Counter
 
 import datasets
 import numpy as np
+from PIL import Image
 from transformers import AutoTokenizer
 
 from ..data.augmentation import RadiographAugmentation
@@ -117,15 +118,19 @@ def build_datasets(
     processor: MMCLIPProcessor,
     seed: int,
 ) -> tuple[MMCLIPDataset, MMCLIPCollator]:
-    """The training set with its augmentation, and the collator that makes its batches."""
+    """The training set, and the collator that makes its batches and knows its augmentation."""
+    levels = processor.image_processor([Image.new("L", (8, 8), level) for level in (0, 255)], return_tensors="pt")
+    black, white = levels["pixel_values"].amax(dim=(1, 2, 3)).tolist()
     augmentation = RadiographAugmentation(
+        black=black,
+        white=white,
         max_rotation=data.max_rotation,
         max_translation=data.max_translation,
         max_scaling=data.max_scaling,
         max_contrast=data.max_contrast,
         noise_std=data.noise_std,
     )
-    dataset = MMCLIPDataset(train_rows, augmentation=augmentation, seed=seed)
+    dataset = MMCLIPDataset(train_rows, seed=seed)
     labels = ()
     if model.config.prompt_weight > 0 or model.config.local_weight > 0:
         stated = label_counts(dataset)
@@ -141,6 +146,7 @@ def build_datasets(
         mlm_masking=data.mlm_masking,
         mlm_ratio=data.mlm_ratio,
         prompt_labels=labels,
+        augmentation=augmentation,
     )
     return dataset, collator
 

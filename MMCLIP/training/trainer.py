@@ -21,7 +21,8 @@ class _SetEpoch(TrainerCallback):
 
 
 class MMCLIPTrainer(Trainer):
-    """Trains [`MMCLIPForPreTraining`] on an [`MMCLIPDataset`] with an [`MMCLIPCollator`].
+    """Trains [`MMCLIPForPreTraining`] on an [`MMCLIPDataset`] with an [`MMCLIPCollator`], whose augmentation it applies
+    where the batch is; losses on pixels see the augmented ones, and validation none.
 
     `eval_dataset` is a manifest of rows, `processing_class` the processor. Validation scores the rows zero-shot and
     gives `eval_macro_auroc` (and the AUROC of each label), so `metric_for_best_model: macro_auroc` keeps the best
@@ -45,6 +46,10 @@ class MMCLIPTrainer(Trainer):
         self.add_callback(_SetEpoch(self.train_dataset))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        draws = inputs.pop("augmentation_draws", None)
+        if draws is not None and model.training:
+            augmentation = self.data_collator.augmentation
+            inputs["pixel_values"] = augmentation(inputs["pixel_values"], draws, inputs["has_image"])
         outputs = model(**inputs)
         for name, value in outputs.loss_info.items():
             self._loss_sums[name] += value  # stays on the device: reading it here would wait for every step

@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -217,8 +218,9 @@ def _is_done(marker: Path, retry: bool) -> bool:
 
 def _run_in_processes(tasks: list[tuple], num_proc: int, bar) -> None:
     context = get_context("spawn")  # a fork would copy the threads of torch
+    stop = context.Event()
     waiting = iter(tasks)
-    with ProcessPoolExecutor(num_proc, context, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(num_proc, context, initializer=_start_worker, initargs=(os.getpid(), stop)) as pool:
         running = {pool.submit(_prepare_chunk, *task): task for task in itertools.islice(waiting, 2 * num_proc)}
         try:
             while running:
@@ -234,17 +236,19 @@ def _run_in_processes(tasks: list[tuple], num_proc: int, bar) -> None:
                 "again: what is done is kept. If it dies again, run with --num_proc 1: the file it stops at is the one "
                 "to take out."
             ) from error
-        except BaseException:
+        except BaseException:  # an error in one chunk, or Ctrl-C: the others need not come to their end
             pool.shutdown(wait=False, cancel_futures=True)
+            stop.set()
             raise
 
 
-def _start_worker(parent: int) -> None:
-    """End with the parent: one that was killed cannot stop its workers."""
+def _start_worker(parent: int, stop) -> None:
+    """End when `stop` is set, and with the parent: one that was killed cannot stop its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
 
     def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        while not stop.wait(0.5) and os.getppid() == parent:
+            pass
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from MMCLIP.data import preparation
-from MMCLIP.data.indexing import PreparationOptions, is_frontal, write_index
+from MMCLIP.data.indexing import PreparationOptions, drawer, is_frontal, write_index
 from MMCLIP.data.manifest import make_row
 from MMCLIP.data.phantom import phantom_dataset
 from MMCLIP.data.preparation import WORK, prepare, prepare_row
@@ -568,6 +568,23 @@ def test_a_killed_process_goes_on_with_nothing_lost_or_doubled(table, tmp_path):
     prepare(sources, folder, options, num_proc=1)
     assert contents(folder) == whole and not list(folder.rglob("*.tmp"))
     assert len(rows_of(folder)) == 60 + 1400 + 150
+
+
+def die_at_7(row: dict) -> dict:
+    if row["row_id"] == "phantom-0-train-000007":
+        os._exit(1)  # as a decoder that crashes does
+    return drawer("phantom", "12", {"size": "16"})(row)
+
+
+@pytest.mark.slow
+def test_the_row_at_which_a_worker_died_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "drawer", lambda *source: die_at_7)
+    options, given = PreparationOptions(rows_per_shard=4), {"phantom": {"size": "16"}}
+    with pytest.raises(RuntimeError, match="died .* at one of the rows .*phantom-0-train-000007"):
+        prepare({"phantom": "12"}, tmp_path / "D", options, source_options=given, num_proc=2)
+    monkeypatch.undo()
+    prepare({"phantom": "12"}, tmp_path / "D", options, source_options=given, num_proc=1)
+    assert len(rows_of(tmp_path / "D")) == 12
 
 
 def is_running(pid: int) -> bool:

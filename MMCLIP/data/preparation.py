@@ -230,11 +230,11 @@ def _run_in_processes(tasks: list[tuple], num_proc: int, bar) -> None:
                     if (following := next(waiting, None)) is not None:
                         running[pool.submit(_prepare_chunk, *following)] = following
         except BrokenProcessPool as error:
-            names = ", ".join(f"{name} {number}" for _, name, number, *_ in [task, *running.values()])
+            notes = [_at_work(output_dir, name, number) for output_dir, name, number, *_ in [task, *running.values()]]
+            rows = ", ".join(note.read_text(encoding="utf-8") for note in notes if note.is_file())
             raise RuntimeError(
-                f"A worker process died (out of memory, or a decoder that crashed) in one of the chunks {names}. Run "
-                "again: what is done is kept. If it dies again, run with --num_proc 1: the file it stops at is the one "
-                "to take out."
+                f"A worker process died (out of memory, or a decoder that crashed) at one of the rows {rows}. Run "
+                "again: what is done is kept. If it dies again, take out the row that is named both times."
             ) from error
         except BaseException:  # an error in one chunk, or Ctrl-C: the others need not come to their end
             pool.shutdown(wait=False, cancel_futures=True)
@@ -258,6 +258,11 @@ def _marker(output_dir: Path, name: str, number: int) -> Path:
     return output_dir / WORK / name / f"chunk-{number:05d}.json"
 
 
+def _at_work(output_dir: Path, name: str, number: int) -> Path:
+    """Holds the `row_id` that a chunk is at: who was it when a process dies?"""
+    return output_dir / WORK / name / f"chunk-{number:05d}.row.tmp"
+
+
 def _noted(marker: Path) -> dict:
     return json.loads(marker.read_text(encoding="utf-8"))
 
@@ -270,13 +275,20 @@ def _prepare_chunk(
     recognizer = _recognizer()
     rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
     bad = []
-    for row in table.to_pylist():
-        try:
-            prepared = prepare_row(row if draw is None else draw(row), recognizer, options)
-            rows[row["split"]].append(prepared)
-        except ValueError as error:
-            file = (row["image"] or {}).get("path") or ""
-            bad.append((file, row["row_id"], str(error).removeprefix(f"{file}: ")))
+    note = _at_work(output_dir, name, number)
+    with note.open("w", encoding="utf-8") as current:
+        for row in table.to_pylist():
+            current.seek(0)
+            current.truncate()
+            current.write(row["row_id"])
+            current.flush()
+            try:
+                prepared = prepare_row(row if draw is None else draw(row), recognizer, options)
+                rows[row["split"]].append(prepared)
+            except ValueError as error:
+                file = (row["image"] or {}).get("path") or ""
+                bad.append((file, row["row_id"], str(error).removeprefix(f"{file}: ")))
+    note.unlink()
     for split, prepared in rows.items():
         path = output_dir / split / f"{name}-{number:05d}.parquet"
         if prepared:

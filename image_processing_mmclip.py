@@ -392,7 +392,7 @@ def _check_inflated(file: BinaryIO, start: int) -> None:
     limit, inflated = 4 * MAX_PIXELS, 0
     file.seek(start)
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
-    while chunk := stream.unconsumed_tail or file.read(2**16):
+    while not stream.eof and (chunk := stream.unconsumed_tail or file.read(2**16)):
         inflated += len(stream.decompress(chunk, 2**20))
         if inflated > limit:
             raise _Refused(f"expected a DICOM image, but its content inflates to more than {limit} bytes.")

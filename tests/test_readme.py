@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 
 from MMCLIP import MMCLIPConfig, MMCLIPForPreTraining, MMCLIPImageProcessor, MMCLIPModel, MMCLIPProcessor
 from MMCLIP.data.phantom import FINDINGS
-from MMCLIP.data.readers import COLUMN_NAMES
+from MMCLIP.data.readers import COLUMN_NAMES, SOURCES, source_reader
 from MMCLIP.training.arguments import DataArguments, MMCLIPTrainingArguments, ModelArguments, parse_run_config
 
 
@@ -26,7 +27,7 @@ TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 README = TEXT["README.md"]
 SUFFIXES = (".py", ".md", ".yaml", ".json", ".txt", ".toml", ".csv", ".png")
 # what the reader makes, and what may lie beside a checkout
-NOT_OURS = ("outputs/", "my_xrays/", "../", "http", "xray.png", "heatmap.png")
+NOT_OURS = ("outputs/", "my_xrays/", "../", "http", "xray.png", "heatmap.png", "/data/", "film.")
 
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
@@ -71,6 +72,7 @@ def home(tmp_path, monkeypatch):
         Path(name).symlink_to(ROOT / name)
     ((_, manifest),) = blocks("README.md", "csv")
     Path("my_xrays").mkdir()
+    Path("outputs/prepared").mkdir(parents=True)
     Path("my_xrays/manifest.csv").write_text(manifest)
     for line in manifest.splitlines()[1:]:
         if file := line.split(",")[0]:
@@ -108,34 +110,40 @@ def test_the_python_of_the_readme_runs_in_order(home):
     assert all(parameter.grad is not None for parameter in names["pretraining"].parameters())
 
 
-def zero_shot_parser():
-    spec = importlib.util.spec_from_file_location("run_zero_shot", ROOT / "examples" / "run_zero_shot.py")
+def parser_of(script: str):
+    spec = importlib.util.spec_from_file_location(script, ROOT / "examples" / f"{script}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.parse_arguments
 
 
 def test_each_command_parses(home):
-    parse_zero_shot = zero_shot_parser()
+    parse = {script: parser_of(script) for script in ("run_zero_shot", "prepare_data")}
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    kinds = set()
+    kinds, prepared = set(), set()
     for page in PAGES:
         for command in commands(page):
             kinds.add(command[0])
             if command[0] == "make":
                 assert command[1] in targets, command
             elif command[0] == "python":
-                assert command[1] == "examples/run_zero_shot.py", command
-                assert Path(parse_zero_shot(command[2:]).manifest).is_file()
+                arguments = parse[Path(command[1]).stem](command[2:])
+                assert Path(command[1]).is_file()
+                if command[1] == "examples/run_zero_shot.py":
+                    assert Path(arguments.manifest).is_file()
+                for name, options in getattr(arguments, "source_options", {}).items():
+                    assert set(options) <= set(inspect.signature(source_reader(name)).parameters), command
+                prepared.update(getattr(arguments, "sources", ()))
             elif command[0] == "accelerate":
                 launch = launch_command_parser().parse_args(command[2:])
                 assert Path(launch.training_script).is_file()
                 on_cpu = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
                 _, data, _ = parse_run_config([*launch.training_script_args, *on_cpu])
-                assert data.train_manifest == ["my_xrays/manifest.csv"]
+                assert data.train_manifest in (["my_xrays/manifest.csv"], ["outputs/prepared"])
             else:
                 assert command[:2] == ["pip", "install"], command
     assert kinds == {"make", "python", "accelerate", "pip"}
+    assert prepared == {*SOURCES, "phantom", "cxr-mini"}  # a command for each public set
 
 
 def test_the_torch_that_the_readme_installs_is_the_required_one():
@@ -144,13 +152,17 @@ def test_the_torch_that_the_readme_installs_is_the_required_one():
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_each_option_in_the_text_is_an_option_of_a_run_and_changes_it(page, home):
+def test_each_option_in_the_text_is_an_option_of_a_run_and_changes_it(page, home, capsys):
     config_file = "examples/configs/phantom_tiny.yaml"
     kinds = (ModelArguments, DataArguments, MMCLIPTrainingArguments)
     fields = {item.name for kind in kinds for item in dataclasses.fields(kind)}
     launch_options = {option for action in launch_command_parser()._actions for option in action.option_strings}
     plain = vars_of(parse_run_config([config_file]))
-    parse_zero_shot, scoring = zero_shot_parser(), ["--model", "m", "--phantoms", "1", "--output_dir", "o"]
+    scripts = {
+        parser_of("run_zero_shot"): ["--model", "m", "--phantoms", "1", "--output_dir", "o"],
+        parser_of("prepare_data"): ["--source", "phantom=1", "--output_dir", "o"],
+    }
+    options_of = {parse: help_of(parse, capsys) for parse in scripts}
     for code in inline_code(page):
         if not code.startswith("--"):
             continue
@@ -160,7 +172,16 @@ def test_each_option_in_the_text_is_an_option_of_a_run_and_changes_it(page, home
             changed = vars_of(parse_run_config([config_file, option, *values]))
             assert changed[name] != plain[name], f"{code} changes nothing"
         elif name not in fields and option not in launch_options and option != "--help":
-            assert parse_zero_shot([*scoring, option, *values]) != parse_zero_shot(scoring), f"{code} changes nothing"
+            parsers = [parse for parse in scripts if option in options_of[parse]]
+            assert parsers, f"no script has {option}"
+            for parse in parsers if values else ():
+                assert parse([*scripts[parse], option, *values]) != parse(scripts[parse]), f"{code} changes nothing"
+
+
+def help_of(parse, capsys) -> set[str]:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    return set(re.findall(r"--\w[\w-]*", capsys.readouterr().out))
 
 
 def vars_of(parsed) -> dict:
@@ -174,7 +195,7 @@ def test_each_file_that_a_page_names_exists(page):
     named |= set(re.findall(r"\]\(([^)]+)\)", TEXT[page]))
     named |= {word for command in commands(page) for word in command}
     paths = {name for name in named if "/" in name.rstrip("/") or name.endswith((*SUFFIXES, "/"))}
-    paths = {path for path in paths if not path.startswith(NOT_OURS)}
+    paths = {path for path in paths if not path.partition("=")[2] and not path.startswith(NOT_OURS)}
     sources = "\n".join(path.read_text() for folder in ("examples", "MMCLIP") for path in (ROOT / folder).rglob("*.py"))
     # what is not a file of ours is a file that a run writes: then some code has its name
     missing = [path for path in paths if not (ROOT / path).exists() and path.strip("/") not in sources]

@@ -195,17 +195,17 @@ def test_a_shipped_config_parses_and_its_fields_make_a_config_of_the_model(path,
 
 def test_the_full_recipe_asks_for_its_paths_and_takes_them(tmp_path):
     path = CONFIGS / "mimic_padchest_vitb16.yaml"
-    with pytest.raises(ValueError, match="There is no manifest file /path/to/mimic-cxr/manifest.csv"):
+    with pytest.raises(ValueError, match="There is no manifest file /path/to/prepared/mimic-cxr"):
         parse_run_config([str(path), "--output_dir", str(tmp_path), "--use_cpu", "True"])
     keys, (model, data, training) = shipped_config(path, tmp_path)
-    assert len(data.train_manifest) == 2 and data.validation_split == "validate"
+    assert len(data.train_manifest) == 2 and data.validation_manifest == data.train_manifest[:1]
     assert "vit-base-patch16" in model.vision_model_name_or_path and "BERT" in model.text_model_name_or_path
     assert training.bf16 and training.text_learning_rate < training.learning_rate
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith(("#", " "))]
     assert len(lines) == len(keys)
-    # a list has its reasons beside its items, and the four weights share one
+    # a list has its reasons beside its items, and the weights share one
     without = {line.partition(":")[0] for line in lines if "#" not in line}
-    assert without <= {"train_manifest", "mim_weight", "mlm_weight", "prompt_weight"}, "a value without its reason"
+    assert without <= {"train_manifest", *(f"{name}_weight" for name in ("mim", "mlm", "prompt", "local"))}
 
 
 def test_curves_go_to_tensorboard_where_it_is_installed_and_nowhere_else(monkeypatch, tmp_path):

@@ -64,7 +64,9 @@ class MMCLIPDataset(torch.utils.data.Dataset):
         self.paired_labels = paired_labels
         self.max_negatives = max_negatives
         rows = rows.remove_columns([name for name in ("masks", "boxes") if name in rows.column_names])
-        self.rows = find_entities(rows, self.recognizer)
+        rows = find_entities(rows, self.recognizer)
+        # a row of these alone is read in two thirds of the time
+        self.rows = rows.select_columns(["row_id", "image", "report", "present", "absent", "entities"])
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared, so that live workers see it change
 
     def __len__(self) -> int:

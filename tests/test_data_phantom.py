@@ -9,6 +9,8 @@ from PIL import Image
 from MMCLIP.data import phantom as module
 from MMCLIP.data.manifest import FEATURES, check_rows
 from MMCLIP.data.phantom import FINDINGS, Finding, contact_sheet, make_phantom, phantom_dataset, write_report
+from MMCLIP.data.phantom_chest import Chest
+from MMCLIP.data.phantom_findings import DEVICE_SIDES, fill_in
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,7 @@ def test_fluid_and_consolidation_are_white_and_a_pneumothorax_is_dark():
 def test_heart_is_over_half_of_the_chest_exactly_when_cardiomegaly_is_present(phantoms):
     def ratio(index, findings):
         patient = np.random.default_rng([3, index, 9])
-        chest = module._Chest(64, module._fill_in(findings, patient), patient, patient, patient)
+        chest = Chest(64, fill_in(findings, patient), patient, patient, patient)
         visible = slice(int(60 + chest.level(0.5)) * 2, int(60 + chest.level(1.0)) * 2)
         width = chest.heart_left[visible].max() + chest.heart_right[visible].max()
         return width / (2 * chest.outer[visible].max())
@@ -168,9 +170,9 @@ def test_reports_vary_and_deny_some_absent_findings(phantoms):
 def test_an_unaltered_finding_keeps_what_it_was_given_and_draws_the_rest():
     given = Finding("support device", "left", zone="pacemaker")
     assert make_phantom(0, 0, 32, [given]).findings == (given,)
-    for kind in module._DEVICE_SIDES:
+    for kind in DEVICE_SIDES:
         (made,) = make_phantom(0, 1, 32, [Finding("support device", zone=kind)]).findings
-        assert made.zone == kind and made.side in module._DEVICE_SIDES[kind]
+        assert made.zone == kind and made.side in DEVICE_SIDES[kind]
     drawn = make_phantom(0, 0, 32, ["consolidation"]).findings[0]
     assert drawn.side and drawn.severity and drawn.zone
 

@@ -156,6 +156,12 @@ class _Refused(ValueError):
     """What this file found wrong itself, so that the message already says what to do."""
 
 
+def _one_line(text: Any, length: int = 200) -> str:
+    """What a damaged file brings into a message, for a log or a table."""
+    line = "".join(letter if letter.isprintable() else " " for letter in str(text)[:2000])
+    return " ".join(line.split())[:length]
+
+
 @contextmanager
 def _explained(expected: str) -> Iterator[None]:
     """Damaged files make decoders raise nearly anything: here it becomes a `ValueError`."""
@@ -164,8 +170,8 @@ def _explained(expected: str) -> Iterator[None]:
     except (_Refused, ImportError):
         raise
     except Exception as error:
-        told = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise ValueError(f"expected {expected}, but {told}. Replace the file, or convert it to PNG.") from error
+        told = _one_line(error).rstrip(".") or type(error).__name__
+        raise _Refused(f"expected {expected}, but {told}. Replace the file, or convert it to PNG.") from error
 
 
 def _open_file(path: Path) -> BinaryIO:
@@ -302,7 +308,7 @@ def _gray_from_array(array: np.ndarray, channels_first: bool) -> Image.Image:
         gray = gray * _alpha_fraction(array[..., -1])
     if array.dtype == np.uint8:
         return Image.fromarray(np.rint(gray).astype(np.uint8))
-    return Image.fromarray(np.clip(gray, 0, 255).astype(np.float32))
+    return Image.fromarray(np.clip(gray, 0, 255, out=gray))
 
 
 def _to_byte_range(array: np.ndarray) -> np.ndarray:
@@ -418,10 +424,8 @@ def _dicom_pixels(dataset: Any) -> np.ndarray:
     """The stored values (height, width), or colours as RGB (height, width, 3)."""
     from_pydicom = _pydicom().pixels
     if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-        kind = dataset.get("SOPClassUID") or "unknown kind"
-        raise _Refused(
-            f"expected a DICOM image, got an object without pixel data ({getattr(kind, 'name', kind)}). Leave it out."
-        )
+        kind = _one_line(getattr(dataset.get("SOPClassUID"), "name", "") or "unknown kind", 64)
+        raise _Refused(f"expected a DICOM image, got an object without pixel data ({kind}). Leave it out.")
     syntax = getattr(dataset, "file_meta", {}).get("TransferSyntaxUID")
     missing = [name for name in _needed_elements(dataset) if dataset.get(name) is None]
     if missing or syntax is None:
@@ -429,9 +433,10 @@ def _dicom_pixels(dataset: Any) -> np.ndarray:
         raise _Refused(f"expected a DICOM image, but it has no {name}. Add it, or replace the file.")
     size = (int(dataset.Columns), int(dataset.Rows))
     _check_area(*size)
-    if int(dataset.get("NumberOfFrames") or 1) > 1:
+    num_frames = int(dataset.get("NumberOfFrames") or 1)
+    if num_frames > 1:
         raise _Refused(
-            f"expected a DICOM image of one frame, got {dataset.NumberOfFrames}. Choose one, `pixel_array[index]`, "
+            f"expected a DICOM image of one frame, got {num_frames}. Choose one, `pixel_array[index]`, "
             "and pass it as an array or save it as a file of its own."
         )
     if syntax in LOSSLESS_JPEG or syntax == EXTENDED_JPEG and dataset.BitsStored > 8:
@@ -596,7 +601,7 @@ def _voi(dataset: Any) -> Callable[[np.ndarray], np.ndarray] | None:
         return None
     function = str(dataset.get("VOILUTFunction") or "LINEAR").upper()
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
-        raise _Refused(f"expected the VOILUTFunction LINEAR, LINEAR_EXACT or SIGMOID, got {function[:20]}.")
+        raise _Refused(f"expected the VOILUTFunction LINEAR, LINEAR_EXACT or SIGMOID, got {_one_line(function, 20)}.")
     if width < 1 if function == "LINEAR" else width <= 0:
         raise _Refused(f"expected a WindowWidth of 1 or more, got {width:g}. Correct or delete the DICOM window.")
     if function == "SIGMOID":

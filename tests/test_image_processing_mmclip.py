@@ -1,14 +1,22 @@
+import csv
 import io
+import struct
+import time
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from MMCLIP.image_processing_mmclip import MMCLIPImageProcessor, load_grayscale
-from PIL import Image
+from MMCLIP.image_processing_mmclip import MMCLIPImageProcessor, load_grayscale, load_shrunk
+from PIL import Image, ImageFile
+
+from MMCLIP import image_processing_mmclip
 
 
 ORIGINALS = Path(__file__).resolve().parents[2] / "shared" / "data" / "originals"
+needs_originals = pytest.mark.skipif(not ORIGINALS.is_dir(), reason="../shared/data/originals is not here")
 GRADIENT = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4  # 0, 4, ... 252
 
 
@@ -288,17 +296,245 @@ def test_heatmaps_of_impossible_shape_are_refused(processor):
             processor.resize_heatmap(attention, (4, 4))
 
 
-@pytest.mark.skipif(not ORIGINALS.is_dir(), reason="../shared/data/originals is not beside this checkout")
-def test_original_files_of_many_formats_are_read():
-    files = [path for path in sorted(ORIGINALS.iterdir()) if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
-    assert len(files) > 20
-    small = [path for path in files if path.stat().st_size < 200_000]
-    pixel_values = MMCLIPImageProcessor()(small).pixel_values
-    assert pixel_values.shape == (len(small), 1, 224, 224)
-    assert (pixel_values.std(axis=(1, 2, 3)) > 0.2).all()  # an X-ray, not a black or white field
+# ------------------------------------------------------------------------------------------------------- files as found
 
 
-@pytest.mark.skipif(not ORIGINALS.is_dir(), reason="../shared/data/originals is not beside this checkout")
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def gray_png(width: int, height: int, *chunks: bytes, pixels: bytes = b"") -> bytes:
+    """A PNG by hand, 8 bit grey, with `chunks` before its compressed `pixels`."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    body = png_chunk(b"IDAT", zlib.compress(pixels)) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + body
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM"])
+def test_lossless_files_of_every_format_keep_every_level(format):
+    options = {"lossless": True} if format == "WEBP" else {}
+    assert np.array_equal(levels(saved(Image.fromarray(GRADIENT), format, **options)), GRADIENT)
+
+
+def test_a_cmyk_jpeg_shows_black_as_black():
+    inks = Image.fromarray(np.repeat(GRADIENT, 8, axis=1)).convert("RGB").convert("CMYK")
+    data = saved(inks, "JPEG", quality=100)
+    assert Image.open(io.BytesIO(data)).mode == "CMYK"
+    np.testing.assert_allclose(levels(data), np.repeat(GRADIENT, 8, axis=1), atol=3)
+
+
+def test_palette_one_bit_and_alpha_files_are_read_by_what_they_show():
+    palette = Image.new("P", (3, 1))
+    palette.putpalette([200, 200, 200, 10, 10, 10, 99, 99, 99])
+    palette.putdata([0, 1, 2])
+    bits = Image.fromarray(np.array([[True, False, True]]))
+    clear = np.array([[[200, 255], [200, 0], [200, 128]]], np.uint8)
+    for format in ("PNG", "TIFF", "GIF", "BMP"):
+        assert levels(saved(palette, format)).tolist() == [[200, 10, 99]]
+        assert levels(saved(bits, format)).tolist() == [[255, 0, 255]]
+    assert levels(saved(palette, "PNG", transparency=2)).tolist() == [[200, 10, 0]]
+    assert levels(saved(bits, "TIFF", compression="group4")).tolist() == [[255, 0, 255]]
+    for format in ("PNG", "TIFF"):
+        assert levels(saved(Image.fromarray(clear), format)).tolist() == [[200, 0, 100]]
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "PPM", "JPEG2000"])
+def test_sixteen_bit_files_are_stretched_over_the_range_they_use(format):
+    pixels = np.array([[1000, 2000], [3000, 5000]], np.uint16)
+    data = saved(Image.fromarray(pixels), format)
+    assert levels(data).tolist() == [[0, 64], [128, 255]]
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF", "MPO"])
+def test_of_an_animation_or_several_pages_the_first_is_read(format):
+    first, second = Image.new("L", (16, 16), 200), Image.new("L", (16, 16), 50)
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = saved(first, format, save_all=True, append_images=[second], **options)
+    assert Image.open(io.BytesIO(data)).n_frames == 2
+    assert levels(data).tolist() == [[200] * 16] * 16
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_each_exif_turn_is_undone_in_every_format_and_when_shrinking(format, turn):
+    """The tag says where the first row and column lie; the numbers are those of its definition."""
+    upright = np.zeros((16, 32), np.uint8)
+    upright[:8, :16], upright[:8, 16:], upright[8:, :16] = 240, 160, 80
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].T,
+        8: np.rot90(upright, -1),
+    }[turn]
+    exif = Image.Exif()
+    exif[274] = turn
+    options = {"lossless": True} if format == "WEBP" else {"quality": 100} if format == "JPEG" else {}
+    data = saved(Image.fromarray(np.ascontiguousarray(stored)), format, exif=exif, **options)
+    np.testing.assert_allclose(levels(data), upright, atol=2)
+    shrunk, size = load_shrunk(data, 8)
+    assert size == (32, 16) and shrunk.size == (16, 8)
+    corners = np.asarray(shrunk)[[1, 1, 6, 6], [2, 13, 2, 13]]
+    np.testing.assert_allclose(corners, [240, 160, 80, 0], atol=8)
+
+
+def test_the_content_decides_and_not_the_name(tmp_path):
+    for name, kind in (("a.jpg", "PNG"), ("a.png", "JPEG"), ("a.dcm", "TIFF"), ("a", "BMP"), ("a.txt", "GIF")):
+        (tmp_path / name).write_bytes(saved(Image.new("L", (9, 7), 200), kind))
+        assert levels(tmp_path / name).tolist() == [[200] * 9] * 7
+
+
+@pytest.mark.parametrize("kept", [0.05, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "progressive JPEG", "TIFF", "BMP", "WEBP", "GIF", "JPEG2000"])
+def test_a_file_that_ends_early_is_refused_whole_and_when_shrinking(kind, kept, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    options = {"progressive": True} if kind.startswith("progressive") else {}
+    data = saved(Image.fromarray(pixels), kind.split(" ")[-1], **options)
+    end = len(data) - 16 if kind in ("PNG", "TIFF") else len(data)  # what follows the pixels may be missing
+    (tmp_path / "cut.jpg").write_bytes(data[: int(end * kept)])
+    for read in (load_grayscale, lambda path: load_shrunk(path, 8)):
+        with pytest.raises(ValueError, match=r"cut.jpg: expected .*[.]$"):
+            read(tmp_path / "cut.jpg")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "the file is empty"),
+        (bytes(5000), "zero bytes only"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "a web page or XML"),
+        (b"\xef\xbb\xbf\r\n<HTML>", "a web page or XML"),
+        (b"<?xml version='1.0'?><Error/>", "a web page or XML"),
+        (gray_png(8, 8).replace(b"IHDR", b"IHDX"), "the header of this PNG file is damaged"),
+        (b"\xff\xd8\xff\xe0" + bytes(40), "the header of this JPEG file is damaged"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of PNG, JPEG"),
+        (b"%PDF-1.7", "none of PNG, JPEG"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "none of PNG, JPEG"),
+    ],
+    ids=lambda value: "" if isinstance(value, bytes) else value,
+)
+def test_a_file_that_is_no_image_is_refused_by_what_it_is(content, reason, tmp_path):
+    (tmp_path / "film.png").write_bytes(content)
+    with pytest.raises(ValueError, match=f"film.png: expected .*{reason}") as caught:
+        load_grayscale(tmp_path / "film.png")
+    assert str(caught.value).count("expected") == 1
+
+
+def test_a_folder_and_an_address_are_refused(tmp_path):
+    for path in (tmp_path, "https://example.org/film.png", "\0"):
+        with pytest.raises(ValueError, match="no such image file"):
+            load_grayscale(path)
+
+
+@pytest.mark.parametrize("side", [65535, 20000, 9000])
+def test_a_header_that_announces_too_many_pixels_is_refused_before_they_are_decoded(side, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *args: pytest.fail("decoded"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with pytest.raises(ValueError, match="expected at most 67108864 pixels"):
+            load_grayscale(gray_png(side, side))
+
+
+def test_the_limit_of_pixels_can_be_raised(monkeypatch):
+    monkeypatch.setattr(image_processing_mmclip, "MAX_PIXELS", 35)
+    data = saved(Image.new("L", (6, 6), 9), "PNG")
+    with pytest.raises(ValueError, match="at most 35 pixels, got 6 x 6.*MAX_PIXELS of the module image_proc"):
+        load_grayscale(data)
+    monkeypatch.setattr(image_processing_mmclip, "MAX_PIXELS", 36)
+    assert levels(data).shape == (6, 6)
+
+
+def test_data_that_inflates_without_end_is_not_inflated():
+    bomb = zlib.compress(bytes(200_000_000))
+    rows = (b"\0" + bytes([7] * 8)) * 8
+    start = time.process_time()
+    for chunk in (b"zTXt", b"iCCP"):
+        with pytest.raises(ValueError, match="too large"):
+            load_grayscale(gray_png(8, 8, png_chunk(chunk, b"name\0\0" + bomb), pixels=rows))
+    million = png_chunk(b"zTXt", b"name\0\0" + zlib.compress(bytes(1_000_000)))
+    with pytest.raises(ValueError, match="[Tt]oo much memory"):
+        load_grayscale(gray_png(8, 8, *[million] * 100, pixels=rows))
+    assert levels(gray_png(8, 8, pixels=rows + bytes(50_000_000))).tolist() == [[7] * 8] * 8  # pixels beyond the last
+    assert time.process_time() - start < 2
+
+
+# ---------------------------------------------------------------------------------------------------------- load_shrunk
+
+
+@pytest.mark.parametrize(
+    ("size", "shorter_side", "expected"),
+    [((40, 20), 10, (20, 10)), ((20, 41), 10, (10, 20)), ((30, 30), 30, (30, 30)), ((8, 30), 10, (8, 30))],
+)
+def test_shrinking_brings_the_shorter_side_to_its_length_and_enlarges_nothing(size, shorter_side, expected):
+    shrunk, before = load_shrunk(Image.new("L", size, 77), shorter_side)
+    assert before == size and shrunk.size == expected and shrunk.mode == "L"
+    assert np.unique(shrunk).tolist() == [77]
+
+
+def test_a_line_of_pixels_does_not_vanish():
+    assert load_shrunk(np.full((1, 500), 9, np.uint8), 1)[0].size == (500, 1)
+    assert load_shrunk(np.full((3, 2000), 9, np.uint8), 1)[0].size == (667, 1)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("size", [(500, 400), (333, 517), (1017, 801)])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_shrunk_while_it_is_decoded_is_within_a_grey_level_of_the_whole_one(mode, size, progressive):
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 256, (size[1] // 16, size[0] // 16, 3), dtype=np.uint8)
+    film = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).convert(mode)
+    data = saved(film, "JPEG", quality=92, progressive=progressive)
+    shrunk, before = load_shrunk(data, 56)
+    assert before == size and min(shrunk.size) == 56
+    whole = load_grayscale(data).resize(shrunk.size, Image.Resampling.BICUBIC)
+    difference = np.asarray(shrunk).astype(int) - np.asarray(whole)
+    assert np.abs(difference).mean() < 1 and abs(difference.mean()) < 0.3
+
+
+def test_deep_pixels_are_rounded_once_after_shrinking():
+    pixels = np.zeros((40, 40), np.uint16)
+    pixels[:, 20:] = 1000  # levels 0 and 255, half of each where they meet
+    shrunk = np.asarray(load_shrunk(saved(Image.fromarray(pixels), "PNG"), 20)[0])
+    assert shrunk.dtype == np.uint8 and shrunk[:, 0].max() == 0 and shrunk[:, -1].min() == 255
+
+
+@pytest.mark.parametrize("shorter_side", [0, -3, 1.5, True, "224", None])
+def test_a_side_that_is_no_number_of_pixels_is_refused(shorter_side):
+    with pytest.raises(ValueError, match="`shorter_side` must be a positive number of pixels"):
+        load_shrunk(GRADIENT, shorter_side)
+
+
+# ------------------------------------------------------------------------------------------------------- real originals
+
+
+@needs_originals
+def test_every_original_file_is_read_as_its_table_says():
+    with (ORIGINALS / "manifest.csv").open(encoding="utf-8", newline="") as file:
+        facts = {row["file"]: row for row in csv.DictReader(file)}
+    assert len(facts) == 27 and set(facts) == {path.name for path in ORIGINALS.iterdir()} - {"manifest.csv"}
+    for name, fact in facts.items():
+        shrunk, size = load_shrunk(ORIGINALS / name, 128)
+        assert size == (int(fact["width"]), int(fact["height"])), name
+        assert shrunk.mode == "L" and min(shrunk.size) == min(128, *size), name
+        pixels = np.asarray(shrunk)
+        assert pixels.std() > 20 and 30 < pixels.mean() < 225, name  # an X-ray, not a black or white field
+        if int(fact["width"]) * int(fact["height"]) < 3_000_000:
+            whole = load_grayscale(ORIGINALS / name)
+            assert whole.size == size and whole.mode == "L", name
+            resized = np.asarray(whole.resize(shrunk.size, Image.Resampling.BICUBIC)).astype(int)
+            assert np.abs(resized - pixels).mean() < 1, name
+
+
+@needs_originals
 def test_really_transparent_and_sixteen_bit_colour_originals_keep_their_contrast():
     for name in ("pneumocystis-pneumonia-2-PA.png", "23E99E2E-447C-46E5-8EB2-D35D12473C39.png"):
         pixels = levels(ORIGINALS / name)

@@ -134,6 +134,12 @@ def test_contrast_keeps_the_order_of_grey_levels():
     assert (changed.diff(dim=-1) >= 0).all() and -2 <= changed.min() and changed.max() <= 2
 
 
+def test_a_rounding_below_black_is_black_and_not_nan():
+    pixels = torch.full((1, 1, 4, 4), -2.0001)
+    changed = RadiographAugmentation(**{**OFF, "max_contrast": 0.2})(pixels, draws(gamma=0.1))
+    assert (changed == -2).all()
+
+
 def test_noise_has_the_drawn_size_and_no_pattern_that_returns():
     grey = torch.zeros(2, 1, 200, 200)
     numbers = draws(2, noise_share=0.5)

@@ -228,6 +228,8 @@ def test_augmentation_is_drawn_from_seed_epoch_and_index_in_any_company():
     together = collator([sample("Mass.", index) for index in range(4)])["augmentation_draws"]
     assert together.shape == (4, len(DRAWS)) and together.dtype == torch.float32
     assert len(set(together.flatten().tolist())) == 4 * len(DRAWS)
+    # a stream of its own: a rotation must not tell which patches are hidden
+    assert not set(together.flatten().tolist()) & set(collator([sample("Mass.", 0)])["mim_noise"].flatten().tolist())
     # two processes of half a batch each, and a row by itself
     halves = [collator([sample("Edema.", index) for index in half])["augmentation_draws"] for half in ((0, 1), (2, 3))]
     assert torch.equal(torch.cat(halves), together)

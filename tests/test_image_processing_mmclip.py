@@ -490,7 +490,7 @@ def test_a_line_of_pixels_does_not_vanish():
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_jpeg_shrunk_while_it_is_decoded_is_within_a_grey_level_of_the_whole_one(mode, size, progressive):
     random = np.random.default_rng(0)
-    coarse = random.integers(0, 256, (size[1] // 16, size[0] // 16, 3), dtype=np.uint8)
+    coarse = random.integers(0, 256, (size[1] // 32, size[0] // 32, 3), dtype=np.uint8)
     film = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).convert(mode)
     data = saved(film, "JPEG", quality=92, progressive=progressive)
     shrunk, before = load_shrunk(data, 56)
@@ -498,6 +498,25 @@ def test_a_jpeg_shrunk_while_it_is_decoded_is_within_a_grey_level_of_the_whole_o
     whole = load_grayscale(data).resize(shrunk.size, Image.Resampling.BICUBIC)
     difference = np.asarray(shrunk).astype(int) - np.asarray(whole)
     assert np.abs(difference).mean() < 1 and abs(difference.mean()) < 0.3
+
+
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_leaves_a_margin(monkeypatch):
+    decoded = []
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: decoded.append(image.size) or load(image))
+    data = saved(Image.new("L", (640, 720), 77), "JPEG")
+    for shorter_side, scale in (
+        (57, 8),
+        (58, 4),
+        (114, 4),
+        (115, 2),
+        (228, 2),
+        (229, 1),
+        (640, 1),
+    ):  # 640 / 1.4 / scale
+        decoded.clear()
+        assert min(load_shrunk(data, shorter_side)[0].size) == shorter_side
+        assert decoded[0] == (640 // scale, 720 // scale)
 
 
 def test_deep_pixels_are_rounded_once_after_shrinking():

@@ -631,7 +631,7 @@ def _table(dataset: Any, name: str) -> tuple[Callable[[np.ndarray], np.ndarray],
     item = dataset[name][0] if dataset.get(name) else {}
     if item.get("LUTDescriptor") is None or item.get("LUTData") is None:
         return None
-    count, first = int(item.LUTDescriptor[0]) & 0xFFFF or 2**16, int(item.LUTDescriptor[1])
+    count, first = int(item.LUTDescriptor[0]) or 2**16, int(item.LUTDescriptor[1])
     data = item.LUTData  # bytes of 16-bit words, or the words
     order = "<"
     if isinstance(data, bytes):

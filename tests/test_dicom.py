@@ -1,7 +1,9 @@
 """DICOM in `load_grayscale`: values by hand, every transfer syntax, pydicom's own files, and what must be refused."""
 
+import ast
 import copy
 import io
+import re
 import sys
 import time
 import warnings
@@ -119,6 +121,13 @@ def test_a_voi_table_may_have_sixteen_bits_and_begin_below_zero():
     assert levels(make_dicom(row(-9, -2, -1, 0, 1, 9, kind="i2"), **options)) == [[0, 0, 64, 128, 255, 255]]
 
 
+def test_a_table_may_have_more_entries_than_a_signed_number_can_count():
+    item = table(-2, np.arange(50000), 16)[0]
+    assert item["LUTDescriptor"].VR == "SS"
+    tables = {"VOILUTSequence": pydicom.Sequence([item])}
+    assert levels(make_dicom(row(-9, -2, 9998, 32767, kind="i2"), **tables)) == [[0, 0, 51, 167]]  # of 49999
+
+
 def test_a_big_endian_table_is_read_in_its_own_order():
     item = pydicom.Dataset()
     item.add_new("LUTDescriptor", "US", [3, 0, 16])
@@ -152,8 +161,9 @@ def test_padding_may_be_a_range_and_a_negative_value_written_without_its_sign():
     assert levels(unsigned) == [[0, 0, 102, 255]]
 
 
-@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.RLELossless], ids=["explicit", "RLE"])
-def test_bits_above_those_stored_are_ignored(syntax):
+@pytest.mark.parametrize("name", ["explicit", "RLE", "JPEG lossless SV1"])
+def test_bits_above_those_stored_are_ignored(name):
+    syntax = LOSSLESS_SYNTAXES[name]
     clean = make_dicom(row(0, 1000, 2000, 4000), syntax, bits=12)
     twelve = {"BitsStored": 12, "HighBit": 11}
     overlaid = make_dicom(row(0, 1000 | 0x8000, 2000 | 0x3000, 4000), syntax, **twelve)
@@ -549,6 +559,18 @@ def test_without_pydicom_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(ImportError, match=r"film.dcm: .*pip install 'pydicom>=3'"):
         load_grayscale(tmp_path / "film.dcm")
+
+
+def test_the_error_names_the_packages_of_the_extra():
+    setup = Path(__file__).resolve().parents[1] / "setup.py"
+    if not setup.is_file():
+        pytest.skip("not a checkout")
+    lists = {
+        node.targets[0].id: node.value for node in ast.parse(setup.read_text()).body if isinstance(node, ast.Assign)
+    }
+    in_extra = [re.match(r"[\w-]+", text).group() for text in ast.literal_eval(lists["DICOM"])]
+    named = re.findall(r"[a-z][\w-]+", image_processing_mmclip.DICOM_PACKAGES)
+    assert sorted(in_extra) == sorted(named)
 
 
 def test_without_a_decoder_the_error_names_the_syntax_and_what_to_install(monkeypatch):

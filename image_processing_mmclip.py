@@ -30,6 +30,7 @@ GRAY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, a
 MAX_PIXELS = 2**26
 # The smaller, the faster and softer; at 1.4 a film 2544 wide is decoded at 1/8 for 224 pixels. See `load_shrunk`.
 JPEG_MARGIN = 1.4
+Shrink = Callable[[tuple[int, int]], tuple[int, int]]
 HEAD_SIZE = 1024  # bytes that tell what a file is
 # No others of Pillow's: EPS is a program, and among the rare ones are decoders in Python that small files keep busy.
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
@@ -80,30 +81,35 @@ def load_grayscale(image: Any, where: str = "") -> Image.Image:
     return _to_eight_bit(_read(image, where)[0])
 
 
-def load_shrunk(image: Any, shorter_side: int, where: str = "") -> tuple[Image.Image, tuple[int, int]]:
-    """`load_grayscale` with the shorter side at `shorter_side` pixels: mode "L", and (width, height) before.
+def load_shrunk(
+    image: Any, shorter_side: int | None = None, where: str = "", *, longer_side: int | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """`load_grayscale` with one side at the given number of pixels: mode "L", and (width, height) before.
 
     The aspect ratio is kept and nothing is enlarged. (width, height) is that of the picture upright and with square
     pixels. JPEG files are decoded at 1/2, 1/4 or 1/8 where that leaves `JPEG_MARGIN` times the pixels wanted: two to
     eight times as fast, and half a grey level from shrinking the whole picture (mean absolute difference). Values are
     rounded to 8 bit at the end only.
     """
-    if isinstance(shorter_side, bool) or not isinstance(shorter_side, (int, np.integer)) or shorter_side < 1:
-        raise ValueError(f"`shorter_side` must be a positive number of pixels, got {shorter_side!r}.")
-    picture, size = _read(image, where, int(shorter_side))
-    target = _shrunk_size(picture.size, shorter_side)
-    return _to_eight_bit(_resize(picture, target, Image.Resampling.BICUBIC)), size
+    if (shorter_side is None) == (longer_side is None):
+        raise ValueError(f"expected one of `shorter_side` and `longer_side`, got {shorter_side} and {longer_side}.")
+    side, measure = (longer_side, max) if shorter_side is None else (shorter_side, min)
+    if isinstance(side, bool) or not isinstance(side, (int, np.integer)) or side < 1:
+        name = "longer_side" if shorter_side is None else "shorter_side"
+        raise ValueError(f"`{name}` must be a positive number of pixels, got {side!r}.")
+
+    def shrink(size: tuple[int, int]) -> tuple[int, int]:
+        factor = min(side / measure(size), 1.0)
+        return max(round(size[0] * factor), 1), max(round(size[1] * factor), 1)
+
+    picture, size = _read(image, where, shrink)
+    return _to_eight_bit(_resize(picture, shrink(picture.size), Image.Resampling.BICUBIC)), size
 
 
 def _to_eight_bit(picture: Image.Image) -> Image.Image:
     if picture.mode == "F":
         return Image.fromarray(np.rint(np.asarray(picture)).astype(np.uint8))
     return picture
-
-
-def _shrunk_size(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
-    factor = min(shorter_side / min(size), 1.0)
-    return max(round(size[0] * factor), 1), max(round(size[1] * factor), 1)
 
 
 def _resize(picture: Image.Image, size: tuple[int, int], resample: int, box: tuple | None = None) -> Image.Image:
@@ -116,11 +122,11 @@ def _resize(picture: Image.Image, size: tuple[int, int], resample: int, box: tup
     return picture
 
 
-def _read(image: Any, where: str = "", shorter_side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+def _read(image: Any, where: str = "", shrink: Shrink | None = None) -> tuple[Image.Image, tuple[int, int]]:
     """The picture, and (width, height) of the original: `load_grayscale` without its rounding.
 
-    Mode "L", or mode "F" within [0, 255] for sources deeper than 8 bit. With `shorter_side`, files that are cheap to
-    decode small come at the size of `load_shrunk`; others come whole.
+    Mode "L", or mode "F" within [0, 255] for sources deeper than 8 bit. With `shrink` (size -> size wanted), files that
+    are cheap to decode small come at that size; others come whole.
     """
     try:
         if isinstance(image, dict):
@@ -131,9 +137,9 @@ def _read(image: Any, where: str = "", shorter_side: int | None = None) -> tuple
         if isinstance(image, (str, os.PathLike)):
             where = f"{where}: {image}" if where and str(image) not in where else str(image)
             with _open_file(Path(image)) as file:
-                return _decode(file, shorter_side)
+                return _decode(file, shrink)
         if isinstance(image, (bytes, bytearray, memoryview)):
-            return _decode(io.BytesIO(image), shorter_side)
+            return _decode(io.BytesIO(image), shrink)
         if isinstance(image, Image.Image):
             picture = _gray_from_pil(image)
         elif isinstance(image, torch.Tensor):
@@ -186,7 +192,7 @@ def _open_file(path: Path) -> BinaryIO:
     raise ValueError("there is no such image file; check the path (URLs must be downloaded first).")
 
 
-def _decode(file: BinaryIO, shorter_side: int | None) -> tuple[Image.Image, tuple[int, int]]:
+def _decode(file: BinaryIO, shrink: Shrink | None) -> tuple[Image.Image, tuple[int, int]]:
     """Decodes the whole file, so that a truncated one is found here and the file may be closed. Returns as `_read`."""
     with _explained("a file that can be read"):
         head = file.read(HEAD_SIZE)
@@ -206,17 +212,17 @@ def _decode(file: BinaryIO, shorter_side: int | None) -> tuple[Image.Image, tupl
             raise _Refused(f"expected an image file, but {_content(head)}. Replace the file.") from error
         with image:
             _check_area(*image.size)
-            small = _decode_small(image, shorter_side) if shorter_side else None
+            small = _decode_small(image, shrink) if shrink else None
             if small is not None:
                 return small
             picture = _gray_from_pil(image)
     return picture, picture.size
 
 
-def _decode_small(image: Image.Image, shorter_side: int) -> tuple[Image.Image, tuple[int, int]] | None:
-    """A grey or colour JPEG at the size of `load_shrunk`, and its own size; None for what must be decoded whole."""
+def _decode_small(image: Image.Image, shrink: Shrink) -> tuple[Image.Image, tuple[int, int]] | None:
+    """A grey or colour JPEG at the size wanted, and its own size; None for what must be decoded whole."""
     size = image.size
-    target = _shrunk_size(size, shorter_side)
+    target = shrink(size)
     wanted = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and target != size
     if not wanted or image.getexif().get(ORIENTATION_TAG, 1) in UPRIGHT_TURNS:
         return None

@@ -100,6 +100,7 @@ def test_options_choose_the_size_and_the_encoding(table, tmp_path):
         ("jpeg", {"shorter_side": 10}, "JPEG", (13, 10)),
         ("png", {"shorter_side": 10, "image_format": "png"}, "PNG", (13, 10)),
         ("larger", {"shorter_side": 500}, "JPEG", (40, 30)),
+        ("longer", {"longer_side": 20}, "JPEG", (20, 15)),
         ("coarse", {"shorter_side": 500, "quality": 5}, "JPEG", (40, 30)),
     ):
         prepare({"own": folder}, tmp_path / name, PreparationOptions(**options), num_proc=1)
@@ -116,6 +117,8 @@ def test_options_choose_the_size_and_the_encoding(table, tmp_path):
         {"image_format": "gif"},
         {"views": "side"},
         {"shorter_side": 0},
+        {"longer_side": -1},
+        {"longer_side": 10, "shorter_side": 10},
         {"quality": 101},
         {"val_share": 0.6, "test_share": 0.4},
     ],

@@ -480,6 +480,16 @@ def test_shrinking_brings_the_shorter_side_to_its_length_and_enlarges_nothing(si
     assert np.unique(shrunk).tolist() == [77]
 
 
+def test_the_longer_side_can_be_given_instead_and_then_the_processor_of_that_size_only_pads():
+    film = np.random.default_rng(0).integers(0, 256, (611, 509), dtype=np.uint8)
+    for picture in (film, saved(Image.fromarray(film), "JPEG")):
+        shrunk, before = load_shrunk(picture, longer_side=64)
+        assert before == (509, 611) and shrunk.size == (53, 64)
+        pixel_values = MMCLIPImageProcessor(size=64)(shrunk, return_tensors="np")["pixel_values"][0, 0]
+        assert np.array_equal(np.rint(pixel_values * 63.75 + 127.5)[:, 5:58], np.asarray(shrunk))
+    assert load_shrunk(film, longer_side=700)[0].size == (509, 611)
+
+
 def test_a_line_of_pixels_does_not_vanish():
     assert load_shrunk(np.full((1, 500), 9, np.uint8), 1)[0].size == (500, 1)
     assert load_shrunk(np.full((3, 2000), 9, np.uint8), 1)[0].size == (667, 1)
@@ -526,10 +536,17 @@ def test_deep_pixels_are_rounded_once_after_shrinking():
     assert shrunk.dtype == np.uint8 and shrunk[:, 0].max() == 0 and shrunk[:, -1].min() == 255
 
 
-@pytest.mark.parametrize("shorter_side", [0, -3, 1.5, True, "224", None])
-def test_a_side_that_is_no_number_of_pixels_is_refused(shorter_side):
-    with pytest.raises(ValueError, match="`shorter_side` must be a positive number of pixels"):
-        load_shrunk(GRADIENT, shorter_side)
+@pytest.mark.parametrize("side", [0, -3, 1.5, True, "224"])
+@pytest.mark.parametrize("name", ["shorter_side", "longer_side"])
+def test_a_side_that_is_no_number_of_pixels_is_refused(name, side):
+    with pytest.raises(ValueError, match=f"`{name}` must be a positive number of pixels"):
+        load_shrunk(GRADIENT, **{name: side})
+
+
+@pytest.mark.parametrize("sides", [{}, {"shorter_side": 4, "longer_side": 4}])
+def test_exactly_one_side_must_be_given(sides):
+    with pytest.raises(ValueError, match="one of `shorter_side` and `longer_side`"):
+        load_shrunk(GRADIENT, **sides)
 
 
 # ------------------------------------------------------------------------------------------------------- real originals

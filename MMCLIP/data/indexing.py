@@ -31,12 +31,14 @@ SPLIT_NAMES = {"training": "train", "valid": "val", "validate": "val", "validati
 class PreparationOptions:
     """What the prepared rows depend on; a run into a folder that was begun with others is refused.
 
-    shorter_side: pixels of the stored images, which are never enlarged; image_format: "jpeg" (with `quality`) or "png";
+    shorter_side: pixels of the stored images, which are never enlarged; longer_side: of that side instead, 0 for not:
+    at the input size of the model, training has nothing to resize; image_format: "jpeg" (with `quality`) or "png";
     views: "frontal" leaves out rows whose view is known to be another, "all" keeps them; val_share, test_share: of the
     patients of a source that has no split; seed: of that draw; rows_per_shard: rows of one chunk.
     """
 
     shorter_side: int = 256
+    longer_side: int = 0
     image_format: str = "jpeg"
     quality: int = 95
     views: str = "frontal"
@@ -51,6 +53,8 @@ class PreparationOptions:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}.")
         if self.shorter_side < 1 or self.rows_per_shard < 1 or not 1 <= self.quality <= 100:
             raise ValueError("shorter_side and rows_per_shard must be positive, quality between 1 and 100.")
+        if self.longer_side < 0 or self.longer_side and self.shorter_side != type(self).shorter_side:
+            raise ValueError("longer_side must not be negative, and takes the place of shorter_side: give one of them.")
         if min(self.val_share, self.test_share) < 0 or self.val_share + self.test_share >= 1:
             raise ValueError("val_share and test_share must not be negative, and leave something to train on.")
 

@@ -313,7 +313,8 @@ def prepare_row(row: dict, recognizer: LexiconRecognizer, options: PreparationOp
     if row["image"] is None:
         return {**row, "original_width": None, "original_height": None, "pixel_hash": ""}
     stored = row["image"]["bytes"] if row["image"]["bytes"] is not None else row["image"]["path"]
-    picture, (width, height) = load_shrunk(stored, options.shorter_side)
+    side = {"longer_side": options.longer_side} if options.longer_side else {"shorter_side": options.shorter_side}
+    picture, (width, height) = load_shrunk(stored, **side)
     factors = picture.width / width, picture.height / height
     return {
         **row,

@@ -19,6 +19,20 @@ AUTO_MAP = {
 DEFAULT_VISION_CONFIG = {"model_type": "vit", "num_channels": 1, "image_size": 224, "patch_size": 16}
 DEFAULT_TEXT_CONFIG = {"model_type": "bert", "vocab_size": 5120}
 
+# Their positions begin behind the padding id, so that many of `max_position_embeddings` are never used.
+OFFSET_POSITIONS = frozenset(
+    "camembert data2vec-text ibert longformer mpnet roberta roberta-prelayernorm "
+    "xlm-roberta xlm-roberta-xl xmod".split()
+)
+
+
+def max_text_length(text_config: PretrainedConfig) -> int | None:
+    """Most tokens that a text tower has positions for, special tokens included; None where there is no limit."""
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions is not None and getattr(text_config, "model_type", None) in OFFSET_POSITIONS:
+        positions -= (text_config.pad_token_id or 0) + 1
+    return positions
+
 
 def _to_config(value, default: dict, name: str) -> PretrainedConfig:
     if isinstance(value, PretrainedConfig):
@@ -142,4 +156,4 @@ class MMCLIPConfig(PretrainedConfig):
             )
 
 
-__all__ = ["MMCLIPConfig"]
+__all__ = ["MMCLIPConfig", "max_text_length"]

@@ -1,15 +1,16 @@
 """MMCLIP: loss functions, then decoders, then the models. One batch walks through `MMCLIPForPreTraining.forward`."""
 
+import difflib
 import inspect
 import math
 import os
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers import initialization as init
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.masking_utils import create_bidirectional_mask
@@ -20,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_mmclip import MMCLIPConfig
+from .configuration_mmclip import MMCLIPConfig, max_text_length
 
 
 # ------------------------------------------------------------------------------------------------ losses and masking
@@ -295,16 +296,17 @@ class AttMIMHead(nn.Module):
 class EntMLMHead(nn.Module):
     """Rebuild masked words from the other words with the help of the image; scores words by the tower's embeddings."""
 
-    def __init__(self, config, text_size: int, image_size: int, vocab_size: int):
+    def __init__(self, config, text_size: int, image_size: int, vocab_size: int, word_size: int):
         super().__init__()
         self.decoder = CrossModalDecoder(config, text_size, image_size)
+        # ELECTRA and ALBERT have word embeddings narrower than their hidden states
         self.transform = nn.Sequential(
-            nn.Linear(config.decoder_hidden_size, text_size), nn.GELU(), nn.LayerNorm(text_size)
+            nn.Linear(config.decoder_hidden_size, word_size), nn.GELU(), nn.LayerNorm(word_size)
         )
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, text_tokens, attention_mask, patch_tokens, word_embeddings, is_masked=None) -> Tensor:
-        """(B, T, H'), (B, T), (B, N, H), (vocab, H') -> (B, T, vocab), or (M, vocab) at the M True of `is_masked`."""
+        """(B, T, H'), (B, T), (B, N, H), (vocab, W) -> (B, T, vocab), or (M, vocab) at the M True of `is_masked`."""
         decoded = self.decoder(self.decoder.input_projection(text_tokens), patch_tokens, attention_mask)
         # the vocabulary is the widest layer of all: only the masked words go through it
         decoded = decoded if is_masked is None else decoded[is_masked]
@@ -341,6 +343,17 @@ class ConvolutionalStem(nn.Sequential):
         return self[0].weight
 
 
+# Parameters that no patch token depends on: the norm of a pooled output, the token of the tower's own masked training.
+UNREAD_PARAMETERS = {
+    "clip_vision_model": "post_layernorm.",
+    "convnext": "layernorm.",
+    "convnextv2": "layernorm.",
+    "dinov2": "embeddings.mask_token",
+    "dinov2_with_registers": "embeddings.mask_token",
+    "dinov3_vit": "embeddings.mask_token",
+}
+
+
 def _tower_kwargs(config) -> dict:
     """Leave out the pooler of a tower that has one: MMCLIP never reads it, so its weights would get no gradient."""
     tower_class = MODEL_MAPPING[type(config)]
@@ -350,8 +363,11 @@ def _tower_kwargs(config) -> dict:
     return {"add_pooling_layer": False} if takes_it else {}
 
 
-def _find_patch_size(vision_config, image_size: int) -> int:
-    """Pixels along the side of a patch token, read off the shapes of a tower on the meta device (no arithmetic)."""
+def _find_patches(vision_config, image_size: int) -> tuple[int, int]:
+    """Pixels along the side of a patch token, and how many other tokens stand in front of the patches (CLS, registers).
+
+    Both are read off the shapes of a tower on the meta device, which takes no arithmetic.
+    """
     with torch.device("meta"), torch.no_grad():
         tower = AutoModel.from_config(vision_config).eval()
         shape = tower(torch.zeros(1, vision_config.num_channels, image_size, image_size)).last_hidden_state.shape
@@ -364,7 +380,7 @@ def _find_patch_size(vision_config, image_size: int) -> int:
         grid = math.isqrt(shape[1])
     if image_size % grid:
         raise ValueError(f"{image_size} px do not divide into {grid} x {grid} patches; change the tower's size.")
-    return image_size // grid
+    return image_size // grid, 0 if len(shape) == 4 else shape[1] - grid**2
 
 
 def _first_convolution(vision_model: nn.Module) -> tuple[str, nn.Conv2d]:
@@ -379,21 +395,43 @@ def fold_patch_convolution(convolution: nn.Conv2d, mean, std, new_mean: float, n
     """A one-channel convolution that gives on a grey image exactly what the three-channel one gave on its RGB copy.
 
     `mean` and `std` (3 floats each) normalised the RGB copy, `new_mean` and `new_std` normalise the grey image. With
-    grey g: w_c * (g - mean_c) / std_c summed over c equals w * (g - new_mean) / new_std + b for the w and b below.
-    Raises `ValueError` for a padded or bias-free convolution, where no such kernel exists.
+    grey g: w_c * (g - mean_c) / std_c summed over c equals w * (g - new_mean) / new_std + b for the w and b below. The
+    result has a bias even where `convolution` has none. Raises `ValueError` for a padded convolution, where no such
+    kernel exists.
     """
-    if convolution.bias is None or any(convolution.padding):
+    padding = convolution.padding
+    if padding == "same" or padding != "valid" and any(padding):  # SigLIP writes "valid" for none
         raise ValueError(
-            "Only a patch convolution with a bias and without padding folds exactly into one channel, but this one has "
-            f"bias={convolution.bias is not None}, padding={convolution.padding}. Use a ViT-like or ConvNeXt tower."
+            "Only a patch convolution without padding folds exactly into one channel, but this one has "
+            f"padding={padding}. Use a ViT-like or ConvNeXt tower."
         )
     mean, std = (torch.as_tensor(value, dtype=torch.float64).view(1, -1, 1, 1) for value in (mean, std))
     weight = convolution.weight.detach().double()  # (O, 3, P, P)
     folded = nn.Conv2d(1, convolution.out_channels, convolution.kernel_size, convolution.stride)
     with torch.no_grad():
         folded.weight.copy_((weight * new_std / std).sum(dim=1, keepdim=True))
-        folded.bias.copy_(convolution.bias + (weight * (new_mean - mean) / std).sum(dim=(1, 2, 3)))
+        folded.bias.copy_((weight * (new_mean - mean) / std).sum(dim=(1, 2, 3)))
+        if convolution.bias is not None:
+            folded.bias += convolution.bias
     return folded
+
+
+def _fold_into_one_channel(vision_model: nn.Module, mean, std, new_mean: float, new_std: float) -> None:
+    """Put a folded patch convolution into a tower; one that has no bias, as CLIP's, takes it in its positions."""
+    name, convolution = _first_convolution(vision_model)
+    folded = fold_patch_convolution(convolution, mean, std, new_mean, new_std)
+    if convolution.bias is None:
+        embeddings = vision_model.get_submodule(name.rpartition(".")[0])
+        positions = getattr(embeddings, "position_embedding", None)
+        if positions is None:
+            raise ValueError(
+                f"The patch convolution of {type(vision_model).__name__} has no bias, nor has the tower learned "
+                "positions that could take one, so it does not fold into one channel. Use a ViT-like or ConvNeXt tower."
+            )
+        with torch.no_grad():
+            positions.weight[-embeddings.num_patches :] += folded.bias  # the first position is that of CLS
+        folded.bias = None
+    vision_model.set_submodule(name, folded)
 
 
 # ------------------------------------------------------------------------------------------------------------ outputs
@@ -472,17 +510,39 @@ class MMCLIPPreTrainedModel(PreTrainedModel):
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, **kwargs)
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        # transformers gives every loaded parameter a gradient
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_unread()
+        return loaded
+
+    def _freeze_unread(self):
+        """Take out of training what no patch token depends on: distributed processes would wait for its gradient."""
+        if unread := UNREAD_PARAMETERS.get(self.config.vision_config.model_type):
+            for name, parameter in self.vision_model.named_parameters():
+                if name.startswith(unread):
+                    parameter.requires_grad_(False)
+
     def _add_vision_tower(self):
         """Build `vision_model` and what is known of its patches: `patch_size`, `num_patches`, `vision_hidden_size`."""
         config, vision_config = self.config, self.config.vision_config
-        if config.patch_size is None:
-            config.patch_size = _find_patch_size(vision_config, self.image_size)
+        if config.patch_size is None or config.image_pooling == "cls":
+            patch_size, num_other_tokens = _find_patches(vision_config, self.image_size)
+            if config.image_pooling == "cls" and num_other_tokens == 0:
+                raise ValueError(
+                    "`image_pooling='cls'` projects the token in front of the patches, but a "
+                    f"{vision_config.model_type} tower has none: its first token is the upper left corner. "
+                    "Use 'mean' or 'max'."
+                )
+            config.patch_size = config.patch_size or patch_size
         self.patch_size = config.patch_size
         self.num_patches = (self.image_size // config.patch_size) ** 2
         sizes = getattr(vision_config, "hidden_sizes", None)
         self.vision_hidden_size = sizes[-1] if sizes else vision_config.hidden_size
         self.vision_model = AutoModel.from_config(vision_config, **_tower_kwargs(vision_config))
         self.vision_model.config = vision_config
+        self._freeze_unread()
         if config.vision_stem == "convolution":
             name, convolution = _first_convolution(self.vision_model)
             if convolution.kernel_size != convolution.stride:
@@ -505,13 +565,15 @@ class MMCLIPPreTrainedModel(PreTrainedModel):
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
                 f"`pixel_values` must be (B, {', '.join(map(str, expected))}) for this vision tower, but are "
-                f"{tuple(pixel_values.shape)}. Set `size` of the image processor to the tower's `image_size`."
+                f"{tuple(pixel_values.shape)}. Set `size` of the image processor to the tower's `image_size`, and "
+                "`vision_config.num_channels` to 1, which is what the image processor gives."
             )
 
     def encode_image(self, pixel_values: Tensor, **kwargs) -> tuple[Tensor, Tensor, ModelOutput]:
         """(B, C, S, S) -> pooled image (B, H), patch tokens (B, N, H) in reading order, what the tower returned."""
         self._check_pixel_values(pixel_values)
-        outputs = self.vision_model(pixel_values=pixel_values, **kwargs)
+        # a ViT casts its input to the type of its weights, a ResNet does not
+        outputs = self.vision_model(pixel_values=pixel_values.to(self.dtype), **kwargs)
         hidden_states = outputs.last_hidden_state
         if hidden_states.dim() == 4:  # the cells of a feature map (B, H, h, w)
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
@@ -534,6 +596,15 @@ def _masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
     """Mean of (B, T, H) over the True of (B, T)."""
     weights = mask[..., None].to(tokens.dtype)
     return (tokens * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+def _with_embedding(outputs: ModelOutput, embeds: Tensor) -> BaseModelOutputWithPooling:
+    return BaseModelOutputWithPooling(
+        last_hidden_state=outputs.last_hidden_state,
+        pooler_output=embeds,
+        hidden_states=outputs.get("hidden_states"),
+        attentions=outputs.get("attentions"),
+    )
 
 
 @contextmanager
@@ -568,6 +639,7 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self._processor = None
+        self._image_options, self._tokenizer_source = {}, None
 
     # -------------------------------------------------------------------------------------------------------- towers
 
@@ -575,6 +647,12 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
         """(B, T), (B, T) -> pooled text (B, H), text tokens (B, T, H), what the tower returned."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        limit = max_text_length(self.config.text_config)
+        if limit is not None and input_ids.shape[1] > limit:
+            raise ValueError(
+                f"The text tower has positions for {limit} tokens, but `input_ids` is {tuple(input_ids.shape)}. Cut "
+                "the texts, as MMCLIPProcessor does; a tokenizer alone needs `truncation=True`."
+            )
         outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         text_tokens = outputs.last_hidden_state
         is_mean = self.config.text_pooling == "mean"
@@ -603,7 +681,7 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """`pooler_output` (B, D): projected and L2-normalised images; `last_hidden_state`: as the tower gives it."""
         pooled, _, outputs = self.encode_image(pixel_values, **kwargs)
-        return BaseModelOutputWithPooling(**{**outputs, "pooler_output": self.project_image(pooled)})
+        return _with_embedding(outputs, self.project_image(pooled))
 
     @can_return_tuple
     def get_text_features(
@@ -611,7 +689,7 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """`pooler_output` (B, D): projected and L2-normalised texts; `last_hidden_state` (B, T, H): text tokens."""
         pooled, _, outputs = self.encode_text(input_ids, attention_mask, **kwargs)
-        return BaseModelOutputWithPooling(**{**outputs, "pooler_output": self.project_text(pooled)})
+        return _with_embedding(outputs, self.project_text(pooled))
 
     def get_text_to_patch_attention(
         self,
@@ -679,7 +757,8 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
 
     @property
     def processor(self):
-        """The processor that `encode` uses: the one saved with the weights, else the one that ships with this code."""
+        """The processor that `encode` uses: the one saved with the weights, else one with the tokenizer of a pretrained
+        text tower, else with the tokenizer that ships with this code."""
         if self._processor is None:
             from .image_processing_mmclip import MMCLIPImageProcessor
             from .processing_mmclip import MMCLIPProcessor
@@ -687,10 +766,22 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
             if self.name_or_path:
                 # whoever runs this file from a saved folder has trusted that folder's code already
                 trusted = __name__.startswith("transformers_modules")
-                self.processor = MMCLIPProcessor.from_pretrained(self.name_or_path, trust_remote_code=trusted)
+                try:
+                    self.processor = MMCLIPProcessor.from_pretrained(self.name_or_path, trust_remote_code=trusted)
+                except OSError as error:
+                    raise ValueError(
+                        f"{self.name_or_path} holds no processor, which `encode` needs. Save it beside the weights, "
+                        "`processor.save_pretrained(folder)`, or set `model.processor`."
+                    ) from error
             else:
-                size = {"height": self.image_size, "width": self.image_size}
-                self.processor = MMCLIPProcessor(MMCLIPImageProcessor(size=size))
+                source = self._tokenizer_source
+                tokenizer = None if source is None else AutoTokenizer.from_pretrained(source)
+                limit = max_text_length(self.config.text_config)
+                if tokenizer is not None and limit is not None:
+                    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+                self.processor = MMCLIPProcessor(
+                    MMCLIPImageProcessor(size=self.image_size, **self._image_options), tokenizer
+                )
         return self._processor
 
     @processor.setter
@@ -726,10 +817,7 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
             return torch.empty(0, self.config.projection_dim, device=self.device, dtype=self.dtype)
         features = []
         for start in range(0, len(items), batch_size):
-            inputs = prepare(items[start : start + batch_size]).to(self.device)
-            if "pixel_values" in inputs:
-                inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
-            features.append(encode(**inputs).pooler_output)
+            features.append(encode(**prepare(items[start : start + batch_size]).to(self.device)).pooler_output)
         return torch.cat(features)
 
     # ------------------------------------------------------------------------------------------- from pretrained towers
@@ -754,16 +842,22 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
         are those of the one-channel images to come, by default of [`MMCLIPImageProcessor`]. Further keywords are
         fields of [`MMCLIPConfig`]. Projections and heads are new.
         """
+        known = {field.name for field in fields(MMCLIPConfig)} | {"num_labels"}
+        if unknown := sorted(set(kwargs) - known):
+            near = difflib.get_close_matches(unknown[0], known, n=2)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            raise TypeError(f"MMCLIPConfig has no field {', '.join(unknown)}.{hint}")
         vision_config, vision_model = cls._pretrained_tower(vision, "vision")
         text_config, text_model = cls._pretrained_tower(text, "text")
         if vision_model is not None and vision_config.num_channels != 1:
-            name, convolution = _first_convolution(vision_model)
-            if vision_image_mean is None or vision_image_std is None:
-                vision_image_mean, vision_image_std = cls._pretrained_normalisation(vision)
-            folded = fold_patch_convolution(convolution, vision_image_mean, vision_image_std, image_mean, image_std)
-            vision_model.set_submodule(name, folded.to(convolution.weight.dtype))
+            if kwargs.get("vision_stem") != "convolution":  # which takes the place of the patch kernel
+                if vision_image_mean is None or vision_image_std is None:
+                    vision_image_mean, vision_image_std = cls._pretrained_normalisation(vision)
+                _fold_into_one_channel(vision_model, vision_image_mean, vision_image_std, image_mean, image_std)
             vision_config.num_channels = 1
         model = cls(MMCLIPConfig(vision_config=vision_config, text_config=text_config, **kwargs))
+        model._image_options = {"image_mean": image_mean, "image_std": image_std}
+        model._tokenizer_source = None if text_model is None else text
         if vision_model is not None:
             state = vision_model.state_dict()
             if model.config.vision_stem == "convolution":  # a new stem stands where the patch kernel was
@@ -785,7 +879,10 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
         config = getattr(config, f"{part}_config", None) or config
         if config.model_type.startswith("siglip"):
             config.vision_use_head = False  # as in MMCLIPConfig
-        return config, AutoModel.from_pretrained(source, config=config, **_tower_kwargs(config))
+        # in float32, as the parts that are new: a tower saved in half precision would not fit them
+        tower = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, **_tower_kwargs(config))
+        config.dtype = None
+        return config, tower
 
     @staticmethod
     def _pretrained_normalisation(path: str) -> tuple[list[float], list[float]]:
@@ -814,7 +911,10 @@ class MMCLIPForPreTraining(MMCLIPModel):
             patch_values = self.patch_size**2 * config.vision_config.num_channels
             self.mim_head = AttMIMHead(config, self.vision_hidden_size, text_size, self.num_patches, patch_values)
         if config.mlm_weight > 0:
-            self.mlm_head = EntMLMHead(config, text_size, self.vision_hidden_size, config.text_config.vocab_size)
+            words = self.text_model.get_input_embeddings()
+            self.mlm_head = EntMLMHead(
+                config, text_size, self.vision_hidden_size, config.text_config.vocab_size, words.embedding_dim
+            )
             self.no_image_token = nn.Parameter(torch.zeros(1, 1, self.vision_hidden_size))
         self.post_init()
 
@@ -845,6 +945,11 @@ class MMCLIPForPreTraining(MMCLIPModel):
         prompt_labels (B, F): "there is X" and "there is no X" for F findings, and which of them hold.
         """
         config = self.config
+        if input_ids is None or pixel_values is None:
+            raise ValueError(
+                "MMCLIPForPreTraining needs `input_ids` and `pixel_values`; rows without an image are False in "
+                "`has_image`. For one of the two alone, load the checkpoint as MMCLIPModel (AutoModel)."
+            )
         if has_image is None:
             has_image = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
         if attention_mask is None:
@@ -928,7 +1033,9 @@ class MMCLIPForImageClassification(MMCLIPPreTrainedModel):
 
     def __init__(self, config: MMCLIPConfig):
         super().__init__(config)
-        if config.problem_type not in (None, "multi_label_classification", "single_label_classification"):
+        if config.problem_type is None:  # written down, as the pipeline would guess softmax
+            config.problem_type = "multi_label_classification"
+        if config.problem_type not in ("multi_label_classification", "single_label_classification"):
             raise ValueError(
                 "`problem_type` must be 'multi_label_classification' or 'single_label_classification', but is "
                 f"{config.problem_type!r}."
@@ -943,7 +1050,14 @@ class MMCLIPForImageClassification(MMCLIPPreTrainedModel):
         pooled, _, outputs = self.encode_image(pixel_values, **kwargs)
         logits = self.classifier(pooled)
         loss = None
-        if labels is not None and self.config.problem_type == "single_label_classification":
+        is_single = self.config.problem_type == "single_label_classification"
+        expected = logits.shape[:1] if is_single else logits.shape
+        if labels is not None and labels.shape != expected:
+            raise ValueError(
+                f"`labels` must be {tuple(expected)} for the problem_type {self.config.problem_type!r}, but are "
+                f"{tuple(labels.shape)}. `problem_type` is given to `from_pretrained` or set in the config."
+            )
+        if labels is not None and is_single:
             loss = F.cross_entropy(logits, labels)
         elif labels is not None:
             known = labels >= 0  # also False for NaN

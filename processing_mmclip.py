@@ -10,6 +10,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
+from .configuration_mmclip import max_text_length
 from .image_processing_mmclip import MMCLIPImageProcessor, MMCLIPImageProcessorKwargs
 
 
@@ -115,7 +116,14 @@ class MMCLIPProcessor(ProcessorMixin):
                 return
 
     def check_tokenizer(self, config: Any) -> None:
-        """Raises `ValueError` when the tokenizer does not fit the text tower of `config` (or a text config itself)."""
+        """Raises `ValueError` when the tokenizer does not fit the text tower of `config` (or a text config itself), or
+        the one channel of the images not its vision tower."""
+        num_channels = getattr(getattr(config, "vision_config", None), "num_channels", 1)
+        if num_channels != 1:
+            raise ValueError(
+                f"the images have one channel, but the vision tower takes {num_channels}. Set `num_channels` of "
+                "`vision_config` to 1; from_vision_text_pretrained folds the kernel of a pretrained tower by itself."
+            )
         text_config = getattr(config, "text_config", config)
         tokenizer = self.tokenizer
         if len(tokenizer) > text_config.vocab_size:
@@ -127,17 +135,23 @@ class MMCLIPProcessor(ProcessorMixin):
             raise ValueError("the tokenizer has no mask token, which EntMLM needs. Use one of a BERT-like model.")
         if tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no padding token. Set `tokenizer.pad_token`.")
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            # what AutoTokenizer makes of a folder with a model and no tokenizer
+            raise ValueError(
+                "the tokenizer has special tokens only, so every word would be unknown. Save the tokenizer of the text "
+                "tower into its folder, or name another one."
+            )
         pad_token_id = getattr(text_config, "pad_token_id", None)
         if pad_token_id is not None and tokenizer.pad_token_id != pad_token_id:
             raise ValueError(
                 f"the tokenizer pads with id {tokenizer.pad_token_id}, the text tower with pad_token_id "
                 f"{pad_token_id}. Use the tokenizer of that tower, or set text_config.pad_token_id."
             )
-        positions = getattr(text_config, "max_position_embeddings", None)
-        if positions is not None and tokenizer.model_max_length > positions:
+        limit = max_text_length(text_config)
+        if limit is not None and tokenizer.model_max_length > limit:
             raise ValueError(
                 f"the tokenizer's model_max_length is {tokenizer.model_max_length}, but the text tower has only "
-                f"max_position_embeddings {positions}. Set `processor.tokenizer.model_max_length = {positions}`."
+                f"max_position_embeddings for {limit}. Set `processor.tokenizer.model_max_length = {limit}`."
             )
 
     def resize_heatmap(self, attention: Any, original_size: tuple[int, int]) -> np.ndarray:

@@ -19,7 +19,7 @@ from MMCLIP.modeling_mmclip import (
     prompt_loss,
     select_masked_patches,
 )
-from transformers import AutoModel, BertConfig, BertModel, ViTConfig, ViTModel
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, BertTokenizerFast, ViTConfig, ViTModel
 
 
 ONE = torch.tensor(1.0)
@@ -201,17 +201,82 @@ def test_any_vision_tower_with_patch_tokens_trains(model_type):
     batch = tiny_batch() | {"pixel_values": torch.randn(4, 1, 64, 64), "mim_noise": torch.rand(4, num_patches)}
     outputs = model(**batch)
     outputs.loss.backward()
+    assert [name for name, each in model.named_parameters() if each.requires_grad and each.grad is None] == []
     expected = 64 if model_type in ("resnet", "convnext", "swin") else 16  # stride 8, or patches of 16 px
     assert num_patches == expected and outputs.text_to_patch_attention.shape == (4, expected)
     assert torch.isfinite(outputs.loss)
 
 
-@pytest.mark.parametrize("model_type", ["roberta", "distilbert", "mpnet"])
+def test_what_no_patch_depends_on_stays_untrained_after_loading(tmp_path):
+    fields = {"model_type": "clip_vision_model", "num_channels": 1, **TOWERS["clip_vision_model"]}
+    MMCLIPForPreTraining(tiny_config(vision_config=fields)).save_pretrained(tmp_path)
+    loaded = MMCLIPForPreTraining.from_pretrained(tmp_path)
+    frozen = {name for name, parameter in loaded.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"vision_model.post_layernorm.weight", "vision_model.post_layernorm.bias"}
+
+
+@pytest.mark.parametrize("model_type", ["resnet", "siglip_vision_model", "swin"])
+def test_a_tower_without_a_first_token_cannot_be_pooled_by_it(model_type):
+    fields = {"model_type": model_type, "num_channels": 1, **TOWERS[model_type]}
+    with pytest.raises(ValueError, match=f"a {model_type} tower has none"):
+        MMCLIPModel(tiny_config(vision_config=fields, image_pooling="cls", patch_size=16))
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "distilbert", "mpnet", "electra", "albert"])
 def test_any_text_tower_trains(model_type):
     fields = {"model_type": model_type, "vocab_size": 100, "pad_token_id": 0, "max_position_embeddings": 64}
     fields |= {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64} if model_type == "distilbert" else SHAPE
+    if model_type in ("electra", "albert"):
+        fields |= {"embedding_size": 16}  # narrower than the hidden states
     outputs = MMCLIPForPreTraining(tiny_config(text_config=fields))(**tiny_batch())
     assert set(outputs.loss_info) == {"contrastive", "mim", "mlm", "prompt", "local"} and torch.isfinite(outputs.loss)
+
+
+@pytest.mark.parametrize("model_type", ["siglip_vision_model", "clip_vision_model", "dinov2"])
+def test_pretrained_towers_of_three_channels_give_on_grey_what_they_gave_on_its_rgb_copy(model_type, tmp_path):
+    vision = AutoModel.from_config(AutoConfig.for_model(model_type, **TOWERS[model_type])).eval()
+    vision.save_pretrained(tmp_path)
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    model = MMCLIPModel.from_vision_text_pretrained(
+        tmp_path, BertConfig(vocab_size=100, **SHAPE), vision_image_mean=mean, vision_image_std=std
+    ).eval()
+    grey = torch.rand(2, 1, 64, 64)
+    rgb = (grey - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+    with torch.no_grad():
+        expected = vision(rgb).last_hidden_state
+        found = model.get_image_features((grey - 0.5) / 0.25).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_towers_saved_in_half_precision_fit_the_new_parts_and_a_misspelt_field_is_an_error(tmp_path):
+    ViTModel(ViTConfig(image_size=32, patch_size=8, num_channels=1, **SHAPE)).half().save_pretrained(tmp_path)
+    text = BertConfig(vocab_size=100, **SHAPE)
+    model = MMCLIPForPreTraining.from_vision_text_pretrained(tmp_path, text)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    with pytest.raises(TypeError, match="projection_dims.*Did you mean projection_dim"):
+        MMCLIPModel.from_vision_text_pretrained(tmp_path, text, projection_dims=16)
+
+
+def test_a_new_stem_needs_nothing_of_the_kernel_that_it_replaces(tmp_path):
+    ViTModel(ViTConfig(image_size=32, patch_size=8, **SHAPE)).save_pretrained(tmp_path)  # says no image mean
+    text = BertConfig(vocab_size=100, **SHAPE)
+    model = MMCLIPModel.from_vision_text_pretrained(tmp_path, text, vision_stem="convolution")
+    assert model.get_image_features(torch.zeros(1, 1, 32, 32)).pooler_output.shape == (1, 512)
+
+
+def test_encode_after_pretrained_towers_uses_the_tokenizer_of_the_text_tower_and_the_grey_levels_given(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "edema", "no"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    BertModel(BertConfig(vocab_size=100, **SHAPE)).save_pretrained(tmp_path)
+    BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    vision = ViTConfig(image_size=32, patch_size=8, num_channels=1, **SHAPE)
+    model = MMCLIPModel.from_vision_text_pretrained(vision, tmp_path, image_mean=0.25, image_std=0.5).eval()
+    _, found = model.encode(None, "no edema")
+    with torch.no_grad():
+        expected = model.get_text_features(torch.tensor([[2, 6, 5, 3]])).pooler_output
+    torch.testing.assert_close(found, expected)
+    black = model.processor(images=torch.zeros(1, 8, 8))["pixel_values"]
+    assert black.unique().tolist() == [-0.5]
 
 
 def test_pretrained_towers_are_taken_over_and_folded(tmp_path):
@@ -430,6 +495,44 @@ def test_a_contrasting_text_takes_away_what_both_texts_share(batch):
     assert not torch.allclose(against_other, model.get_text_to_patch_attention(images, ids))
 
 
+def test_attentions_of_both_towers_are_returned_on_request(batch):
+    model = MMCLIPModel(tiny_config()).eval()
+    model.set_attn_implementation("eager")
+    outputs = model(batch["input_ids"], batch["pixel_values"], output_attentions=True, output_hidden_states=True)
+    for tower in (outputs.text_model_output, outputs.vision_model_output):
+        assert len(tower.attentions) == 2 and len(tower.hidden_states) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_feature_map_tower_in_half_precision_takes_what_the_processor_gives(dtype):
+    fields = {"model_type": "resnet", "num_channels": 1, **TOWERS["resnet"]}
+    model = MMCLIPModel(tiny_config(vision_config=fields)).to(dtype).eval()
+    assert model.get_image_features(torch.rand(2, 1, 64, 64)).pooler_output.dtype == dtype
+
+
+@pytest.mark.parametrize(("model_type", "limit"), [("bert", 64), ("roberta", 62)])  # RoBERTa's positions begin at 2
+def test_a_text_longer_than_the_tower_is_an_error_that_says_both_lengths(model_type, limit):
+    fields = {"model_type": model_type, "vocab_size": 100, "max_position_embeddings": 64, **SHAPE}
+    model = MMCLIPModel(tiny_config(text_config=fields)).eval()
+    ids = torch.full((1, limit + 1), 7)
+    assert model.get_text_features(ids[:, :-1]).pooler_output.shape == (1, 16)
+    with pytest.raises(ValueError, match=rf"{limit} tokens.*\(1, {limit + 1}\)"):
+        model.get_text_features(ids)
+
+
+def test_pretraining_without_images_or_texts_is_an_error_that_tells_the_way(batch):
+    model = MMCLIPForPreTraining(tiny_config())
+    for missing in ("input_ids", "pixel_values"):
+        with pytest.raises(ValueError, match="has_image.*MMCLIPModel"):
+            model(**{key: value for key, value in batch.items() if key != missing})
+
+
+def test_encode_without_a_saved_processor_says_what_to_save(tmp_path):
+    MMCLIPModel(tiny_config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no processor.*processor.save_pretrained"):
+        MMCLIPModel.from_pretrained(tmp_path).encode(torch.zeros(1, 8, 8))
+
+
 def test_an_image_of_the_wrong_size_or_channels_is_an_error_that_says_both(batch):
     with pytest.raises(ValueError, match=r"\(B, 1, 32, 32\).*\(2, 3, 32, 32\)"):
         MMCLIPModel(tiny_config())(pixel_values=torch.zeros(2, 3, 32, 32))
@@ -446,6 +549,16 @@ def test_classifier_ignores_unknown_labels_and_learns_both_problem_types(batch):
     classes = torch.tensor([0, 1, 2, 0])
     expected = torch.nn.functional.cross_entropy(model(pixel_values).logits, classes)
     torch.testing.assert_close(model(pixel_values, labels=classes).loss, expected)
+
+
+def test_a_classifier_writes_its_problem_type_down_and_refuses_labels_of_another_shape(batch):
+    model = MMCLIPForImageClassification(tiny_config(num_labels=3))
+    assert model.config.problem_type == "multi_label_classification"  # from which the pipeline takes its sigmoid
+    with pytest.raises(ValueError, match=r"\(4, 3\).*'multi_label_classification'.*\(4,\)"):
+        model(batch["pixel_values"], labels=torch.tensor([0, 1, 2, 0]))
+    model = MMCLIPForImageClassification(tiny_config(num_labels=3, problem_type="single_label_classification"))
+    with pytest.raises(ValueError, match=r"\(4,\).*'single_label_classification'.*\(4, 3\)"):
+        model(batch["pixel_values"], labels=torch.ones(4, 3))  # cross-entropy would take them as probabilities
 
 
 @pytest.mark.parametrize("model_class", [MMCLIPModel, MMCLIPForPreTraining, MMCLIPForImageClassification])

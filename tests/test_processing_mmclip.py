@@ -13,7 +13,7 @@ import torch
 from MMCLIP.image_processing_mmclip import MMCLIPImageProcessor
 from MMCLIP.processing_mmclip import MMCLIPProcessor, default_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerFast
 
 from MMCLIP.text.build_tokenizer import build_tokenizer, own_texts
 
@@ -143,6 +143,19 @@ def test_a_tokenizer_that_disagrees_with_the_text_tower_is_refused_with_both_num
     ]:
         with pytest.raises(ValueError, match=message):
             processor.check_tokenizer(SimpleNamespace(text_config=text_config(**changes)))
+
+
+def test_a_vision_tower_of_three_channels_is_refused(processor):
+    config = SimpleNamespace(text_config=text_config(), vision_config=SimpleNamespace(num_channels=3))
+    with pytest.raises(ValueError, match="one channel, but the vision tower takes 3"):
+        processor.check_tokenizer(config)
+
+
+def test_the_empty_tokenizer_of_a_folder_that_has_none_is_refused(tmp_path):
+    BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)  # no error there
+    with pytest.raises(ValueError, match="special tokens only"):
+        MMCLIPProcessor(tokenizer=tokenizer).check_tokenizer(text_config())
 
 
 def test_a_tokenizer_without_mask_token_is_refused():

@@ -151,6 +151,8 @@ def test_a_new_text_tower_holds_the_tokenizer_and_the_texts_fit_its_positions():
     _, processor = build_model_and_processor(model_arguments(), DataArguments(num_phantoms=1, max_length=20))
     assert processor.tokenizer.model_max_length == 20
     assert processor(text="no " * 100)["input_ids"].shape == (1, 20)
+    with pytest.raises(ValueError, match="`max_length` is 65, but the text tower takes 64"):
+        build_model_and_processor(model_arguments(), DataArguments(num_phantoms=1, max_length=65))
 
 
 def test_a_tokenizer_that_the_text_tower_cannot_hold_is_an_error_with_both_numbers():
@@ -194,6 +196,12 @@ def test_a_checkpoint_of_ours_goes_on_with_its_own_weights_and_processor(tmp_pat
     again, same = build_model_and_processor(ModelArguments(model_name_or_path=str(tmp_path)), data)
     assert all(value.equal(model.state_dict()[name]) for name, value in again.state_dict().items())
     assert same.tokenizer.model_max_length == 30
+
+    checkpoint = ModelArguments(model_name_or_path=str(tmp_path))
+    _, shorter = build_model_and_processor(checkpoint, DataArguments(num_phantoms=1, max_length=12))
+    assert shorter.tokenizer.model_max_length == 12
+    with pytest.raises(ValueError, match="brings its own tokenizer"):
+        build_model_and_processor(checkpoint, DataArguments(num_phantoms=1, tokenizer_name_or_path=str(tmp_path)))
 
 
 # ---------------------------------------------------------------------------------------------- dataset and collator

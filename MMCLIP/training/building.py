@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from transformers import AutoTokenizer
 
+from ..configuration_mmclip import max_text_length
 from ..data.augmentation import RadiographAugmentation
 from ..data.collator import MMCLIPCollator
 from ..data.dataset import MMCLIPDataset
@@ -91,11 +92,17 @@ def build_model_and_processor(
     if model_arguments.model_name_or_path is not None:
         model = MMCLIPForPreTraining.from_pretrained(model_arguments.model_name_or_path)
         processor = MMCLIPProcessor.from_pretrained(model_arguments.model_name_or_path)
+        if data.tokenizer_name_or_path is not None:
+            raise ValueError("`model_name_or_path` brings its own tokenizer; leave `tokenizer_name_or_path` out.")
+        if data.max_length is not None:
+            processor.tokenizer.model_max_length = data.max_length  # checked below against the text tower
     else:
         tokenizer = build_tokenizer(model_arguments, data) or default_tokenizer()
         model = _new_model(model_arguments, tokenizer)
-        positions = getattr(model.config.text_config, "max_position_embeddings", tokenizer.model_max_length)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, positions, data.max_length or positions)
+        limit = max_text_length(model.config.text_config) or tokenizer.model_max_length
+        if data.max_length is not None and data.max_length > limit:
+            raise ValueError(f"`max_length` is {data.max_length}, but the text tower takes {limit} tokens at most.")
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit, data.max_length or limit)
         processor = MMCLIPProcessor(MMCLIPImageProcessor(size=model.image_size), tokenizer)
     processor.check_tokenizer(model.config)
     return model, processor

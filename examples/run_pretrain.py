@@ -12,6 +12,7 @@ from pathlib import Path
 import transformers
 from transformers.trainer_utils import get_last_checkpoint
 
+from MMCLIP.evaluation.zero_shot import check_scorable
 from MMCLIP.training.arguments import parse_run_config
 from MMCLIP.training.building import build_datasets, build_model_and_processor, build_rows
 from MMCLIP.training.trainer import MMCLIPTrainer
@@ -31,6 +32,9 @@ def main():
     model, processor = build_model_and_processor(model_arguments, data_arguments)
     with training_arguments.main_process_first(desc="preparing rows"):
         train_rows, validation_rows = build_rows(data_arguments)
+        if validation_rows is not None and training_arguments.eval_strategy != "no":
+            labels = data_arguments.validation_labels or None
+            check_scorable(validation_rows, labels, tuple(data_arguments.fully_labelled))
         train_dataset, collator = build_datasets(
             train_rows, data_arguments, model, processor, seed=training_arguments.seed
         )

@@ -15,6 +15,7 @@ from transformers import BatchFeature
 from MMCLIP.data.manifest import make_row, rows_to_dataset
 from MMCLIP.evaluation.metrics import UNKNOWN
 from MMCLIP.evaluation.zero_shot import (
+    check_scorable,
     evaluate_zero_shot,
     label_matrix,
     prompt_embeddings,
@@ -241,3 +242,13 @@ def test_an_unreadable_image_is_an_error_that_names_the_row(real):
     rows = make_rows({"row_id": "film7", "present": ["edema"], "image": b"no picture"})
     with pytest.raises(ValueError, match="Row 'film7'"):
         evaluate_zero_shot(*real, rows)
+
+
+def test_rows_on_which_every_label_would_be_skipped_are_found_before_a_run():
+    rows = make_rows({"present": ["edema"], "absent": ["mass"]}, {"present": ["edema"], "absent": ["nodule"]})
+    with pytest.raises(ValueError, match="No label can be scored on the 2 rows.*edema"):
+        check_scorable(rows)
+    both = make_rows({"present": ["edema"], "absent": ["mass"]}, {"absent": ["edema"]})
+    check_scorable(both)
+    with pytest.raises(ValueError, match="mass"):
+        check_scorable(both, labels=["mass"])

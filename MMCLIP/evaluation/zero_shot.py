@@ -198,6 +198,39 @@ def _by_source(sources: Sequence[str], targets: np.ndarray, margins: np.ndarray,
     return result
 
 
+def _scored_rows(
+    rows: datasets.Dataset, labels: Sequence[str] | None
+) -> tuple[datasets.Dataset, list[str], dict[str, int]]:
+    """The rows with an image and a label, the labels by their canonical names, and how many rows lack either."""
+    labelled = [bool(p or a or u) for p, a, u in zip(rows["present"], rows["absent"], rows["uncertain"], strict=True)]
+    pictured = [image is not None for image in rows.select_columns("image")["image"]]
+    kept = rows.select([i for i, both in enumerate(zip(labelled, pictured, strict=True)) if all(both)])
+    if len(kept) == 0:
+        raise ValueError(
+            f"None of {len(rows)} rows has both an image and a label ({sum(pictured)} have an image, {sum(labelled)} a "
+            "label), so there is nothing to evaluate. Check the split and the label columns of the manifest."
+        )
+    if labels is None:
+        labels = sorted({label for key in ("present", "absent") for row in kept[key] for label in row})
+    else:
+        labels = list(dict.fromkeys(canonical_label(label, where="labels") for label in labels))
+    lacking = {"num_without_label": len(rows) - sum(labelled), "num_without_image": len(rows) - sum(pictured)}
+    return kept, labels, lacking
+
+
+def check_scorable(
+    rows: datasets.Dataset, labels: Sequence[str] | None = None, fully_labelled: Sequence[str] = ()
+) -> None:
+    """Raises `ValueError` when [`evaluate_zero_shot`] would skip every label, for want of one of the two values."""
+    kept, labels, _ = _scored_rows(rows, labels)
+    targets, _ = label_matrix(kept, labels, fully_labelled=fully_labelled)
+    if not ((targets == 1).any(axis=0) & (targets == 0).any(axis=0)).any():
+        raise ValueError(
+            f"No label can be scored on the {len(kept)} rows to validate on: {', '.join(labels)} each need an image "
+            "with and one without. Add rows, or choose other labels."
+        )
+
+
 def evaluate_zero_shot(
     model,
     processor,
@@ -221,19 +254,7 @@ def evaluate_zero_shot(
     equal names in two sources being two patients. Where rows come from several sources the AUROCs within each source
     are added under `by_source`, as a source can give a label away.
     """
-    labelled = [bool(p or a or u) for p, a, u in zip(rows["present"], rows["absent"], rows["uncertain"], strict=True)]
-    pictured = [image is not None for image in rows.select_columns("image")["image"]]
-    kept = rows.select([i for i, both in enumerate(zip(labelled, pictured, strict=True)) if all(both)])
-    if len(kept) == 0:
-        raise ValueError(
-            f"None of {len(rows)} rows has both an image and a label ({sum(pictured)} have an image, {sum(labelled)} a "
-            "label), so there is nothing to evaluate. Check the split and the label columns of the manifest."
-        )
-    if labels is None:
-        labels = sorted({label for key in ("present", "absent") for row in kept[key] for label in row})
-    else:
-        labels = list(dict.fromkeys(canonical_label(label, where="labels") for label in labels))
-
+    kept, labels, lacking = _scored_rows(rows, labels)
     targets, num_by_rule = label_matrix(kept, labels, unlisted_is_absent, fully_labelled)
     prompts = prompt_embeddings(model, processor, labels, ensemble)
     image_embeds = embed_images(model, processor, kept, batch_size, num_workers, progress)
@@ -242,8 +263,7 @@ def evaluate_zero_shot(
     sources = kept["source"]
     patients = [f"{source}\0{name}" if name else "" for source, name in zip(sources, kept["patient_id"], strict=True)]
     result = classification_metrics(targets, margins, labels, patients, num_bootstrap, seed)
-    result["num_without_label"] = len(rows) - sum(labelled)
-    result["num_without_image"] = len(rows) - sum(pictured)
+    result.update(lacking)
     result["num_patients"] = len(set(patients) - {""}) + patients.count("")
     result["num_unlisted_is_absent"] = num_by_rule  # images in which a label that is not named counts as absent
     result["fully_labelled"] = list(fully_labelled)

@@ -527,6 +527,11 @@ class MMCLIPPreTrainedModel(PreTrainedModel):
     def _add_vision_tower(self):
         """Build `vision_model` and what is known of its patches: `patch_size`, `num_patches`, `vision_hidden_size`."""
         config, vision_config = self.config, self.config.vision_config
+        if vision_config.model_type == "vit_mae":
+            raise ValueError(
+                "A vit_mae tower hides and shuffles its patches in each forward. Load its weights as a ViT: "
+                "ViTModel.from_pretrained(...).save_pretrained(folder)."
+            )
         if config.patch_size is None or config.image_pooling == "cls":
             patch_size, num_other_tokens = _find_patches(vision_config, self.image_size)
             if config.image_pooling == "cls" and num_other_tokens == 0:

@@ -5,6 +5,7 @@ python examples/run_zero_shot.py --model X/checkpoint --manifest metadata.csv --
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from MMCLIP.evaluation.zero_shot import evaluate_zero_shot
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder with the saved model and processor")
+    parser.add_argument("--model", required=True, help="folder with the saved model and processor, or a Hub id")
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--manifest", help="folder of prepare_data.py, or a CSV, TSV, Parquet or JSON lines file")
     data.add_argument("--phantoms", type=int, help="number of made-up radiographs, of the held-out stream")
@@ -45,8 +46,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    if not (Path(args.model) / "config.json").is_file():
-        raise ValueError(f"--model: {args.model} has no config.json. Give the folder of a saved model: X/checkpoint.")
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", args.model) and not Path(args.model).parent.exists()
+    if not is_hub_id and not (Path(args.model) / "config.json").is_file():
+        raise ValueError(
+            f"--model: {args.model} has no config.json. Give the folder of a saved model, X/checkpoint, or a Hub id, "
+            "OWNER/NAME."
+        )
     train, log_history = report.read_train_results(args.model, args.train_results)  # before the long part
     if args.manifest:
         from MMCLIP.data.prepared import read_manifest

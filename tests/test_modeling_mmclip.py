@@ -222,6 +222,12 @@ def test_a_tower_without_a_first_token_cannot_be_pooled_by_it(model_type):
         MMCLIPModel(tiny_config(vision_config=fields, image_pooling="cls", patch_size=16))
 
 
+def test_a_tower_that_shuffles_its_patches_is_refused():
+    fields = {**tiny_config().vision_config.to_dict(), "model_type": "vit_mae"}
+    with pytest.raises(ValueError, match="vit_mae tower hides and shuffles"):
+        MMCLIPModel(tiny_config(vision_config=fields))
+
+
 @pytest.mark.parametrize("model_type", ["roberta", "distilbert", "mpnet", "electra", "albert"])
 def test_any_text_tower_trains(model_type):
     fields = {"model_type": model_type, "vocab_size": 100, "pad_token_id": 0, "max_position_embeddings": 64}

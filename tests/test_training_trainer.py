@@ -370,6 +370,12 @@ def test_rows_that_make_no_single_batch_are_an_error_before_training(tmp_path):
         make_trainer(tmp_path, per_device_train_batch_size=50, dataloader_drop_last=True)
 
 
+def test_one_process_that_would_split_its_batches_over_many_gpus_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(MMCLIPTrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="One process sees 2 GPUs.*accelerate launch"):
+        make_trainer(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------------- many processes
 
 

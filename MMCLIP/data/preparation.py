@@ -66,8 +66,9 @@ def prepare(
     """Prepare `sources` (name -> folder, table, or number of phantoms) into `output_dir`; returns its summary.
 
     Writes `SPLIT/NAME-NUMBER.parquet`, `quarantine.csv`, `summary.md`, `sheet-NAME.png` and, at the very end,
-    `preparation.json`; `num_proc` processes work at it, one a core when None (they are spawned: call this from a script
-    under `if __name__ == "__main__"`). A run into a folder that was begun goes on; `retry_bad` then also does those chunks again in which a row could not be used.
+    `preparation.json`; `num_proc` processes work at it, one a core when None. They are spawned, so that a script must
+    call this under `if __name__ == "__main__"`. A run into a folder that was begun goes on; `retry_bad` then also does
+    those chunks again in which a row could not be used.
 
     Raises ValueError when a patient is in two splits, when of a source more than `max_bad_share` cannot be used (after
     the index, for what its table says, and at the end), and when the same picture is in two splits:

@@ -33,6 +33,11 @@ class MMCLIPTrainer(Trainer):
         self, *args, validation_labels: list[str] | None = None, fully_labelled: tuple[str, ...] = (), **kwargs
     ):
         super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {self.args.n_gpu} GPUs and would split each batch over them, prompts included. "
+                "Start one process for each with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES."
+            )
         # convolutions run faster with the channels last, on CPUs and on tensor cores; the numbers stay the same
         self.accelerator.unwrap_model(self.model).vision_model.to(memory_format=torch.channels_last)
         batch_size = self.args.train_batch_size * self.args.world_size

@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(report.zero_shot_table(results["zero_shot"]))
     if "grounding" in results:
         print(f"\nheat-map AUROC {results['grounding']['heatmap_auroc']:.3f}")
-    print(f"\n{markdown}, metrics.json and predictions.csv beside it, figures in {figures}")
+    print(f"\nmodel: {args.model}\ntable: {markdown}, metrics.json and predictions.csv beside it\npictures: {figures}")
 
 
 if __name__ == "__main__":

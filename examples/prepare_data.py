@@ -67,7 +67,12 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on from here")
-    print(f"{summary}\ntrain on it: --train_manifest {args.output_dir} --validation_manifest {args.output_dir}")
+    hint = f"train on it: --train_manifest {args.output_dir}"
+    if any((summary.parent / "val").glob("*.parquet")):
+        hint += f" --validation_manifest {args.output_dir}"
+    else:
+        hint += " (no patient fell to `val`: raise --val_share for a validation set)"
+    print(f"{summary}\n{hint}")
 
 
 if __name__ == "__main__":

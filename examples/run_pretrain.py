@@ -7,6 +7,8 @@ it was resolved), `train_results.json`, `trainer_state.json` (the log) and the T
 import dataclasses
 import json
 import logging
+import os
+import sys
 from pathlib import Path
 
 import transformers
@@ -23,6 +25,12 @@ logger = logging.getLogger("run_pretrain")
 
 def main():
     model_arguments, data_arguments, training_arguments = parse_run_config()
+    num_started = int(os.environ.get("WORLD_SIZE", 1))
+    if num_started != training_arguments.world_size:
+        raise ValueError(
+            f"{num_started} processes were started, but each would train alone: there are not as many GPUs. "
+            "On a CPU add --use_cpu true."
+        )
     is_main = training_arguments.process_index == 0
     level = logging.INFO if is_main else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
@@ -83,4 +91,7 @@ def save_run_config(path: Path, model_arguments, data_arguments, training_argume
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:  # a mistake of the user's: what is wrong, without the way it took
+        sys.exit(f"ValueError: {error}")

@@ -6,6 +6,7 @@ python examples/run_zero_shot.py --model X/checkpoint --manifest metadata.csv --
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -100,4 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:  # a mistake of the user's: what is wrong, without the way it took
+        sys.exit(f"ValueError: {error}")

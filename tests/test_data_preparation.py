@@ -663,3 +663,11 @@ def test_a_large_table_is_indexed_at_more_than_6300_rows_a_second_in_5_kilobytes
     assert int(number) == num_rows == pq.ParquetFile(tmp_path / "index" / "index.parquet").metadata.num_rows
     assert index_seconds < num_rows / 6300 and manifest_seconds < num_rows / 6300
     assert size < num_rows * 5000
+
+
+def test_a_mistake_in_the_first_command_does_not_bind_the_folder(table, tmp_path):
+    folder = table({"file": "p1.png", "labels": "mass"})
+    with pytest.raises(ValueError, match="neither a table"):
+        prepare({"own": f"{folder}-misspelt"}, tmp_path / "D", num_proc=1)
+    prepare({"own": folder}, tmp_path / "D", num_proc=1)
+    assert list(rows_of(tmp_path / "D")) == ["own/p1.png"]

@@ -265,3 +265,10 @@ def test_what_the_arguments_say_reaches_augmentation_and_collator(labelled):
     assert (collator.augmentation.black, collator.augmentation.white) == (-2, 2), "as the image processor makes them"
     assert collator.mlm_masking == "random" and collator.mlm_ratio == 0.25
     assert collator.num_patches == 16 and collator.max_length == 64
+
+
+def test_a_table_whose_image_column_has_another_name_is_told(tmp_path, caplog):
+    table = tmp_path / "manifest.csv"
+    table.write_text("filename,text,split\na.png,Small left effusion.,train\n")
+    build_rows(DataArguments(train_manifest=[str(table)]))
+    assert "No row to train on has an image" in caplog.text

@@ -148,7 +148,7 @@ def _same_options(path: Path, sources, source_options, options: PreparationOptio
         **dataclasses.asdict(options),
         "entities": fingerprint,
     }
-    if path.is_file():
+    if path.is_file() and any(path.parent.glob(f"*/{INDEX_FILE}")):  # else nothing was begun but a mistake
         begun = json.loads(path.read_text(encoding="utf-8"))
         different = sorted(key for key in asked if asked[key] != begun.get(key))
         if different:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,8 @@ from ..text.vocabulary import with_broader_labels
 from .manifest import ENTITIES, FEATURES
 from .readers import read_csv_manifest
 
+
+logger = logging.getLogger(__name__)
 
 # a manifest row, and what preparation found out; whoever loads the shards with `datasets` sees pictures
 PREPARED_FEATURES = datasets.Features(
@@ -72,6 +75,8 @@ def _complete_labels(rows: datasets.Dataset, paths: Iterable[str], fully_labelle
         for row in pq.ParquetFile(path).read(columns=columns).to_pylist():
             if row["source"] in used:
                 used[row["source"]].update(row["present"], row["absent"], row["uncertain"])
+    for source in (source for source, labels in used.items() if not labels):
+        logger.warning("fully_labelled names the source %r, of which there is no labelled row.", source)
     labels_of = {source: sorted(labels) for source, labels in used.items()}
 
     def absent(row: dict) -> dict:

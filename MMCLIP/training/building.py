@@ -47,6 +47,9 @@ def build_rows(data: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset 
     train_rows = concatenate_rows(train)
     validation_rows = concatenate_rows(validation) if validation else None
     check_rows(*([train_rows] if validation_rows is None else [train_rows, validation_rows]))
+    images = train_rows.select_columns("image").with_format("arrow").iter(batch_size=1000)
+    if all(table["image"].null_count == len(table) for table in images):
+        logger.warning("No row to train on has an image: is the column of the table called `file`, `image` or `path`?")
     if validation_rows is not None:
         _check_overlap(train_rows, validation_rows)
     if data.shuffle_pairs:

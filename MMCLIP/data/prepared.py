@@ -12,9 +12,9 @@ import datasets
 import pyarrow.parquet as pq
 
 from ..text.entities import LexiconRecognizer
-from ..text.vocabulary import with_broader_labels
 from .manifest import ENTITIES, FEATURES
 from .readers import read_csv_manifest
+from .readers.tables import completed_absent
 
 
 logger = logging.getLogger(__name__)
@@ -77,16 +77,12 @@ def _complete_labels(rows: datasets.Dataset, paths: Iterable[str], fully_labelle
                 used[row["source"]].update(row["present"], row["absent"], row["uncertain"])
     for source in (source for source, labels in used.items() if not labels):
         logger.warning("fully_labelled names the source %r, of which there is no labelled row.", source)
-    labels_of = {source: sorted(labels) for source, labels in used.items()}
-
-    def absent(row: dict) -> dict:
-        labels = labels_of.get(row["source"], ()) if row["present"] or row["absent"] else ()
-        stated = {*with_broader_labels(row["present"]), *row["absent"], *row["uncertain"]}
-        return {"absent": row["absent"] + [label for label in labels if label not in stated]}
-
     features = datasets.Features({"absent": FEATURES["absent"]})
     completed = rows.select_columns(columns).map(
-        absent, remove_columns=columns, features=features, desc="Completing labels"
+        lambda row: {"absent": completed_absent(row, used)},
+        remove_columns=columns,
+        features=features,
+        desc="Completing labels",
     )
     return datasets.concatenate_datasets([rows.remove_columns("absent"), completed], axis=1)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import datasets
 
 from ...text.reports import clean_report
-from ...text.vocabulary import canonical_label, with_broader_labels
+from ...text.vocabulary import canonical_label
 from ..manifest import make_row, rows_to_dataset
-from .tables import LEFT_OUT, Report, raise_problem, text_lines
+from .tables import LEFT_OUT, Report, completed_absent, raise_problem, text_lines
 
 
 logger = logging.getLogger(__name__)
@@ -267,9 +267,7 @@ def _completed(rows: datasets.Dataset, lines: array, ids: Counter, used: dict[st
             for line, row in zip(lines[start : start + table.num_rows], table.to_pylist(), strict=True):
                 if ids[row["row_id"]] > 1 and row["image"] is not None:
                     row["row_id"] += f"#{line}"
-                if row["present"] or row["absent"]:
-                    stated = {*with_broader_labels(row["present"]), *row["absent"], *row["uncertain"]}
-                    row["absent"] += sorted(used.get(row["source"], set()) - stated)
+                row["absent"] = completed_absent(row, used)
                 yield row
             start += table.num_rows
 

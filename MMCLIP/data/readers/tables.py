@@ -206,6 +206,17 @@ def _chexpert_statements(names: tuple[str, ...], values: tuple[str, ...]) -> tup
     return tuple(stated[1.0]), tuple(stated[0.0]), tuple(stated[-1.0])
 
 
+def completed_absent(row: dict, used: dict[str, set[str]]) -> list[str]:
+    """`absent` of a manifest row, and every label that its source uses (`used`) and the row does not state.
+
+    A row without labels, and one of a source that is not in `used`, keeps what it has.
+    """
+    if not (row["present"] or row["absent"]):
+        return row["absent"]
+    stated = {*with_broader_labels(row["present"]), *row["absent"], *row["uncertain"]}
+    return row["absent"] + sorted(used.get(row["source"], set()) - stated)
+
+
 def complete_labels(labels: dict[str, list[str]], complete: Iterable[str]) -> dict[str, list[str]]:
     """Make absent every label of `complete` that the row does not state: for sets whose label list is complete."""
     stated = {*with_broader_labels(labels["present"]), *with_broader_labels(labels["uncertain"]), *labels["absent"]}
@@ -239,6 +250,7 @@ __all__ = [
     "VIEWS",
     "chexpert_labels",
     "complete_labels",
+    "completed_absent",
     "decode_text",
     "find_file",
     "find_optional",

@@ -66,6 +66,8 @@ ENTITIES = datasets.List(
         "concept": datasets.Value("string"),
         "kind": datasets.Value("string"),
         "assertion": datasets.Value("string"),
+        "cue_start": datasets.Value("int32"),
+        "cue_end": datasets.Value("int32"),
     }
 )
 # a dataset made elsewhere may lack these

@@ -19,13 +19,19 @@ ASSERTIONS = ("present", "absent", "uncertain")
 
 
 class Entity(NamedTuple):
-    """Characters `start` to `end` of a text name `concept`; `assertion` is "present", "absent" or "uncertain"."""
+    """Characters `start` to `end` of a text name `concept`; `assertion` is "present", "absent" or "uncertain".
+
+    `cue_start` to `cue_end` are the words that made it absent or uncertain ("no", "may represent", "has resolved"):
+    several entities may share them. Both are None where nothing outside the entity did.
+    """
 
     start: int
     end: int
     concept: str
     kind: str
     assertion: str
+    cue_start: int | None = None
+    cue_end: int | None = None
 
 
 # A cue acts on the entities after it ("before") or before it ("after"). "pseudo" only hides a shorter cue inside it.

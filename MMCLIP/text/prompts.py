@@ -1,49 +1,111 @@
-"""Disease-kind prompts: the words that stand for a label, for unpaired images in training and for zero-shot scores."""
+"""Disease-kind prompts: the words that stand for a label, for unpaired images in training and for zero-shot scores.
 
-from collections.abc import Sequence
+The wording is in prompts.yaml; `prompt_sets.py` has the sets of prompts that evaluation can choose from.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import yaml
 
-from .vocabulary import NO_FINDING, canonical_label, vocabulary
-
-
-# One negative for each positive, so that a pair differs in the statement and in nothing else.
-POSITIVE_TEMPLATES = (
-    "There is {a}{phrase}.",
-    "{Phrase} is present.",
-    "Findings are consistent with {phrase}.",
-    "{Phrase} is seen.",
-    "The radiograph shows {a}{phrase}.",
-)
-NEGATIVE_TEMPLATES = (
-    "There is no {phrase}.",
-    "{Phrase} is not present.",
-    "No findings consistent with {phrase}.",
-    "{Phrase} is not seen.",
-    "The radiograph shows no {phrase}.",
-)
-NO_FINDING_POSITIVE = (
-    "No acute cardiopulmonary abnormality.",
-    "Normal chest radiograph.",
-    "The lungs are clear and the heart size is normal.",
-    "No acute cardiopulmonary process.",
-    "Unremarkable chest radiograph.",
-)
-NO_FINDING_NEGATIVE = (
-    "There is an acute cardiopulmonary abnormality.",
-    "Abnormal chest radiograph.",
-    "The lungs are not clear or the heart is enlarged.",
-    "There is an acute cardiopulmonary process.",
-    "The chest radiograph shows disease.",
-)
-_LIST_OPENINGS = ("There is ", "Findings: ", "The radiograph shows ", "")
-_NEGATION_OPENINGS = ("No ", "There is no ", "No evidence of ")
+from .vocabulary import NO_FINDING, broader_labels, canonical_label, vocabulary
 
 
-def label_phrases(label: str) -> tuple[str, ...]:
-    """Noun phrases for a label that fit "There is ...", the commonest first."""
-    concept = vocabulary()[canonical_label(label)]
-    return concept.phrases or (concept.name,)
+SIDES = ("left", "right", "bilateral")
+_ATTRIBUTES = ("side", "severity")
+_WORDS = yaml.safe_load(Path(__file__).with_name("prompts.yaml").read_text(encoding="utf-8"))
+_VOWELS = "aeiouAEIOU"
+_LIKE_YOU = ("uni", "eu", "use", "uro")  # begin with a vowel letter and a consonant sound
+
+
+class Noun(NamedTuple):
+    """A noun phrase without its article, the article ("a ", "an " or ""), and whether it is plural."""
+
+    text: str
+    article: str
+    is_plural: bool
+
+    @property
+    def verb(self) -> str:
+        return "are" if self.is_plural else "is"
+
+
+def _is_plural(phrase: str) -> bool:
+    last = phrase.split()[-1]
+    return (last.endswith("s") and not last.endswith(("ss", "us", "is"))) and not last.isupper() or last.endswith("ae")
+
+
+def _noun(phrase: str, countable: bool) -> Noun:
+    is_plural = _is_plural(phrase)
+    if is_plural or not countable:
+        return Noun(phrase, "", is_plural)
+    return Noun(phrase, "an " if phrase[0] in _VOWELS and not phrase.startswith(_LIKE_YOU) else "a ", False)
+
+
+@functools.cache
+def label_nouns(label: str) -> tuple[Noun, ...]:
+    """The noun phrases of a canonical label that fit "There is ...", the commonest first."""
+    concept = vocabulary()[label]
+    return tuple(_noun(phrase, concept.countable) for phrase in concept.phrases or (concept.name,))
+
+
+def has_side(label: str) -> bool:
+    """May a prompt say on which side this canonical label is?"""
+    return _WORDS["attributes"].get(label, {"sides": False}).get("sides", True)
+
+
+def severities(label: str) -> tuple[str, ...]:
+    """The words for severity that this canonical label takes, from little to much; () for none."""
+    return tuple(_WORDS["attributes"].get(label, {"severity": ()})["severity"])
+
+
+@functools.cache
+def attribute_nouns(label: str, side: str | None, severity: str | None) -> tuple[Noun, ...]:
+    """The noun phrases of a canonical label with its side and severity: "small left pleural effusion", ...
+
+    `side` is "left", "right", "bilateral" or None for not known, `severity` one of `severities(label)` or None. Raises
+    ValueError for a value that the label does not take.
+    """
+    if side is not None and (side not in SIDES or not has_side(label)):
+        expected = f"one of {SIDES}" if has_side(label) else "none: prompts.yaml knows no side of it"
+        raise ValueError(f"The side of {label!r} is {side!r}, expected {expected}.")
+    if severity is not None and severity not in severities(label):
+        raise ValueError(f"The severity of {label!r} is {severity!r}, expected one of {severities(label)} or None.")
+    if side is None and severity is None:
+        return label_nouns(label)
+    words = _WORDS["attributes"][label]
+    countable = "one" in words
+    degree = f"{severity} " if severity else ""
+    nouns = words["one" if countable else "some"]
+    if side is None:
+        forms = [f"{degree}{noun}" for noun in nouns]
+    elif side == "bilateral":
+        nouns, countable = words["many"] if countable else nouns, False
+        forms = [form for noun in nouns for form in (f"{degree}bilateral {noun}", f"{degree}{noun} on both sides")]
+        return tuple(Noun(form, "", "many" in words) for form in forms)
+    else:
+        forms = [
+            form
+            for noun in nouns
+            for form in (f"{degree}{side} {noun}", f"{degree}{side}-sided {noun}", f"{degree}{noun} on the {side}")
+        ]
+    return tuple(_noun(form, countable)._replace(is_plural=False) for form in forms)
+
+
+def _fill(template: str, noun: Noun) -> str:
+    with_article = noun.article + noun.text
+    return template.format_map(
+        {
+            "phrase": noun.text,
+            "Phrase": _capital(noun.text),
+            "a_phrase": with_article,
+            "A_phrase": _capital(with_article),
+            "is": noun.verb,
+        }
+    )
 
 
 def positive_prompts(label: str) -> list[str]:
@@ -51,89 +113,130 @@ def positive_prompts(label: str) -> list[str]:
 
     `positive_prompts(label)[k]` and `negative_prompts(label)[k]` are a pair. Raises ValueError for an unknown label.
     """
-    label = canonical_label(label)
-    return list(NO_FINDING_POSITIVE) if label == NO_FINDING else _fill(label, POSITIVE_TEMPLATES)
+    return _prompts(label, "positive")
 
 
 def negative_prompts(label: str) -> list[str]:
     """Every prompt that says the label is not there, in the order of `positive_prompts`."""
+    return _prompts(label, "negative")
+
+
+def _prompts(label: str, sign: str) -> list[str]:
     label = canonical_label(label)
-    return list(NO_FINDING_NEGATIVE) if label == NO_FINDING else _fill(label, NEGATIVE_TEMPLATES)
+    if label == NO_FINDING:
+        return list(_WORDS[NO_FINDING][sign])
+    return [_fill(template, noun) for noun in label_nouns(label) for template in _WORDS["pairs"][sign]]
+
+
+_canonical = functools.cache(canonical_label)  # prompts are drawn for every sample
+
+
+@functools.cache
+def _broader(label: str) -> tuple[str, ...]:
+    return broader_labels(label)[1:]
 
 
 def sample_prompt(
-    present: Sequence[str],
-    absent: Sequence[str],
+    present: Iterable[str],
+    absent: Iterable[str],
     rng: np.random.Generator,
     max_negatives: int = 3,
     negative_ratio: float = 0.5,
+    attributes: Mapping[str, Mapping[str, str]] | None = None,
+    attribute_ratio: float = 0.5,
 ) -> str:
     """A text for an image of which only labels are known, with drawn order, wording and form.
 
-    All `present` labels are named, as one list or one sentence each. With probability `negative_ratio` one to
-    `max_negatives` of `absent` follow as negations; without a present label they always do. "no finding" speaks in
-    its own sentences, never beside a present finding. Raises ValueError when there is nothing to say or a label is
-    unknown.
+    All `present` labels are named, as one list or one sentence each, but a broader one not beside a narrower that
+    implies it: "covid-19" alone for "covid-19" and "pneumonia". With probability `negative_ratio` one to
+    `max_negatives` of `absent` follow as negations; without a present label they always do. What a present label
+    implies is never denied. "no finding" speaks in its own sentences, beside devices but never beside a finding.
+
+    `attributes` tells what is known of present labels, `{"pleural effusion": {"side": "left", "severity": "small"}}`;
+    a label's own are stated with probability `attribute_ratio`, since zero-shot prompts have none.
+
+    The same state of `rng` gives the same text. Raises ValueError when there is nothing to say, a label is unknown, or
+    an attribute is not one that the label takes.
     """
-    present = [canonical_label(label) for label in present]
-    absent = [canonical_label(label) for label in absent if canonical_label(label) != NO_FINDING]
-    findings = [label for label in present if label != NO_FINDING]
-    normal = len(findings) < len(present) and not findings
-    if not (findings or normal or absent):
+    present = dict.fromkeys(map(_canonical, present))
+    implied = {broader for label in present for broader in _broader(label)}
+    findings = [label for label in present if label != NO_FINDING and label not in implied]
+    absent = dict.fromkeys(map(_canonical, absent))
+    denied = [label for label in absent if label != NO_FINDING and label not in implied and label not in present]
+    devices_alone = all(vocabulary()[label].kind == "device" for label in findings)
+    normal = NO_FINDING in present and devices_alone
+    if not (findings or normal or denied):
         raise ValueError(
             "A prompt needs at least one present label, or an absent one other than 'no finding'; there is none. "
             "Drop rows without labels, or give them a report."
         )
+    known = _known_attributes(attributes, present) if attributes else {}
     sentences = []
-    if normal:
-        sentences.append(NO_FINDING_POSITIVE[rng.integers(len(NO_FINDING_POSITIVE))])
-    elif findings:
-        order = [findings[i] for i in rng.permutation(len(findings))]
-        if len(order) > 1 and rng.random() < 0.5:
-            opening = _LIST_OPENINGS[rng.integers(len(_LIST_OPENINGS))]
-            articles = opening not in ("Findings: ", "")
-            sentences.append(_capital(opening + _join([_phrase(x, rng, articles) for x in order], "and") + "."))
+    if findings:
+        _shuffle(findings, rng)
+        nouns = []
+        for label in findings:
+            stated = label in known and rng.random() < attribute_ratio
+            nouns.append(_draw(attribute_nouns(label, *known[label]) if stated else label_nouns(label), rng))
+        if len(findings) > 1 and rng.random() < 0.5:
+            sentences.append(_fill_list(_draw(_WORDS["lists"], rng), nouns, "and"))
         else:
-            sentences.extend(str(rng.choice(_fill_one(label, POSITIVE_TEMPLATES, rng))) for label in order)
-    if absent and max_negatives > 0 and (not sentences or rng.random() < negative_ratio):
-        count = int(rng.integers(1, min(max_negatives, len(absent)) + 1))
-        order = [absent[i] for i in rng.permutation(len(absent))[:count]]
-        opening = _NEGATION_OPENINGS[rng.integers(len(_NEGATION_OPENINGS))]
-        sentence = opening + _join([_phrase(label, rng, articles=False) for label in order], "or") + "."
-        sentences.insert(int(rng.integers(len(sentences) + 1)), sentence)
+            for label, noun in zip(findings, nouns, strict=True):
+                kind = "device" if vocabulary()[label].kind == "device" else "finding"
+                sentences.append(_fill(_draw(_WORDS["statements"][kind], rng), noun))
+    if normal:
+        options = _WORDS[NO_FINDING]["beside devices" if findings else "positive"]
+        sentences.insert(int(rng.random() * (len(sentences) + 1)), _draw(options, rng))
+    if denied and max_negatives > 0 and (not sentences or rng.random() < negative_ratio):
+        count = 1 + int(rng.random() * min(max_negatives, len(denied)))
+        _shuffle(denied, rng, count)
+        nouns = [_draw(label_nouns(label), rng) for label in denied[:count]]
+        sentence = _fill_list(_draw(_WORDS["denials"], rng), nouns, "or")
+        sentences.insert(int(rng.random() * (len(sentences) + 1)), sentence)
     if not sentences:
         raise ValueError("max_negatives is 0 and no label is present, so the prompt would be empty; allow negatives.")
     return " ".join(sentences)
 
 
-def _fill(label: str, templates: Sequence[str]) -> list[str]:
-    countable = vocabulary()[label].countable
-    return [_format(template, phrase, countable) for phrase in label_phrases(label) for template in templates]
+def _known_attributes(
+    attributes: Mapping[str, Mapping[str, str]], present: Iterable[str]
+) -> dict[str, tuple[str | None, str | None]]:
+    """Canonical label -> (side, severity), after checks."""
+    known = {}
+    for name, values in attributes.items():
+        label = canonical_label(name, where="attributes")
+        if label not in present:
+            raise ValueError(f"`attributes` describes {name!r}, which is not among the present labels {list(present)}.")
+        unknown = sorted(set(values) - set(_ATTRIBUTES))
+        if unknown:
+            raise ValueError(f"`attributes` of {name!r} has the keys {unknown}; expected {_ATTRIBUTES}.")
+        known[label] = (values.get("side"), values.get("severity"))
+        attribute_nouns(label, *known[label])
+    return known
 
 
-def _fill_one(label: str, templates: Sequence[str], rng: np.random.Generator) -> list[str]:
-    phrases = label_phrases(label)
-    phrase = phrases[rng.integers(len(phrases))]
-    return [_format(template, phrase, vocabulary()[label].countable) for template in templates]
+def _fill_list(template: str, nouns: Sequence[Noun], conjunction: str) -> str:
+    bare = _join([noun.text for noun in nouns], conjunction)
+    return template.format_map(
+        {
+            "list": _join([noun.article + noun.text for noun in nouns], conjunction),
+            "bare": bare,
+            "Bare": _capital(bare),
+            "is": nouns[0].verb,
+            "last_is": nouns[-1].verb,
+        }
+    )
 
 
-def _format(template: str, phrase: str, countable: bool) -> str:
-    article = _article(phrase) if countable else ""
-    plural = phrase.endswith("s") and not phrase.endswith(("ss", "us", "is"))
-    text = template.format(a=article, phrase=phrase, Phrase=_capital(phrase))
-    if plural and "{Phrase}" in template:
-        text = text.replace(" is ", " are ", 1)
-    return text
+def _draw(options: Sequence, rng: np.random.Generator):
+    return options[int(rng.random() * len(options))]  # a tenth of the time of `rng.choice`
 
 
-def _phrase(label: str, rng: np.random.Generator, articles: bool) -> str:
-    phrases = label_phrases(label)
-    phrase = phrases[rng.integers(len(phrases))]
-    return (_article(phrase) if articles and vocabulary()[label].countable else "") + phrase
-
-
-def _article(phrase: str) -> str:
-    return "an " if phrase[0] in "aeiou" else "a "
+def _shuffle(items: list, rng: np.random.Generator, count: int | None = None) -> None:
+    """Put `count` drawn items first (all of them when None), in place."""
+    for place in range(min(count if count is not None else len(items), len(items) - 1)):
+        other = place + int(rng.random() * (len(items) - place))
+        items[place], items[other] = items[other], items[place]
 
 
 def _join(phrases: list[str], conjunction: str) -> str:

@@ -1,7 +1,7 @@
 """Samples -> batch. All randomness of masks and augmentation is drawn here, from each sample's (seed, epoch, index)."""
 
 import hashlib
-import re
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,22 +11,23 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..text.entities import Entity
+from ..text.masking import MASKING_COUNTS, TokenWords
 from ..text.prompts import negative_prompts, positive_prompts
-from ..text.vocabulary import LABEL_KINDS, canonical_label
+from ..text.vocabulary import KINDS, LABEL_KINDS, canonical_label
 from .augmentation import RadiographAugmentation
 from .dataset import AUGMENTATION_STREAM, BATCH_STREAM, COLLATOR_STREAM, sample_generator
 
 
 logger = logging.get_logger(__name__)
 IGNORE = -100
-_WORD = re.compile(r"\w+|[^\w\s]")
 
 
 class MMCLIPCollator:
     """Makes samples of `MMCLIPDataset` one batch; its keys are the arguments of `MMCLIPForPreTraining.forward`.
 
-    One key is not, and goes no further than `MMCLIPTrainer`, which augments the images where the batch then is:
-    `augmentation_draws` (B, 9), there when `augmentation` changes anything.
+    Two keys are not, and go no further than `MMCLIPTrainer`: `augmentation_draws` (B, 9), there when `augmentation`
+    changes anything, with which it augments the images where the batch then is; and with `count_masks` the
+    `masking_counts` (B, 7) int64, columns as in `MASKING_COUNTS`, that it logs.
 
     | key | shape, values |
     | --- | --- |
@@ -45,14 +46,22 @@ class MMCLIPCollator:
     where a text has none. A text longer than `max_length` is cut, with one warning, and an entity not whole any more is
     left alone.
 
+    A hidden cue ("no", "may represent") takes the "and", "or" and "nor" of its list with it: "No effusion or edema."
+    becomes "[MASK] [MASK] [MASK] edema." The list's other entities stay: whether they are there is for the image to
+    say. Not closed: a cue that is hidden is one more mask than a present entity has, and a "nor" of its own acts alone.
+
     Args:
         processor: Has `image_processor` and a fast `tokenizer` with a mask token.
         num_patches: N, patch tokens of one image.
         mlm_masking: "entity", or "random" for whole words at random that make up as many tokens.
         mlm_ratio: Share of a text's entities that is hidden, in (0, 1].
+        mlm_kinds: Kinds of entities that are hidden, all when empty. A text with none of them has others hidden.
+        mlm_cue_ratio: Share, in [0, 1], of the hidden entities with a cue that have it hidden too. One draw for each
+            cue, so that entities that share it agree; the entities that are hidden do not depend on it.
         prompt_labels: Labels for which each batch carries a prompt pair.
         max_length: Tokens of a text at most; the tokenizer's `model_max_length` when None.
         augmentation: What its draws are made for.
+        count_masks: Add `masking_counts`.
     """
 
     def __init__(
@@ -61,9 +70,12 @@ class MMCLIPCollator:
         num_patches: int,
         mlm_masking: str = "entity",
         mlm_ratio: float = 0.5,
+        mlm_kinds: Sequence[str] = (),
+        mlm_cue_ratio: float = 0.0,
         prompt_labels: Sequence[str] = (),
         max_length: int | None = None,
         augmentation: RadiographAugmentation | None = None,
+        count_masks: bool = False,
     ):
         tokenizer = processor.tokenizer
         if not getattr(tokenizer, "is_fast", False):
@@ -79,6 +91,10 @@ class MMCLIPCollator:
             raise ValueError(f"mlm_masking is {mlm_masking!r}, expected 'entity' or 'random'.")
         if not 0 < mlm_ratio <= 1:
             raise ValueError(f"mlm_ratio is {mlm_ratio}, expected a share in (0, 1]. mlm_weight 0 switches EntMLM off.")
+        if unknown := [kind for kind in mlm_kinds if kind not in KINDS]:
+            raise ValueError(f"mlm_kinds: unknown kind {unknown[0]!r}, expected some of {', '.join(KINDS)}.")
+        if not 0 <= mlm_cue_ratio <= 1:
+            raise ValueError(f"mlm_cue_ratio is {mlm_cue_ratio}, expected a share in [0, 1].")
         if num_patches < 1:
             raise ValueError(f"num_patches is {num_patches}, expected at least 1.")
         max_length = max_length if max_length is not None else tokenizer.model_max_length
@@ -91,8 +107,12 @@ class MMCLIPCollator:
         self.num_patches = num_patches
         self.mlm_masking = mlm_masking
         self.mlm_ratio = mlm_ratio
+        self.mlm_kinds = tuple(mlm_kinds)
+        self.mlm_cue_ratio = mlm_cue_ratio
         self.max_length = max_length
         self.augmentation = augmentation
+        self.count_masks = count_masks
+        self._special_ids = sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
         self.prompt_labels = tuple(canonical_label(label, where="prompt_labels") for label in prompt_labels)
         self._prompt_pairs = [
             list(zip(positive_prompts(label), negative_prompts(label), strict=True)) for label in self.prompt_labels
@@ -100,21 +120,24 @@ class MMCLIPCollator:
 
     def __call__(self, samples: Sequence[dict]) -> dict[str, Tensor]:
         texts = [sample["text"] for sample in samples]
-        encoded = self._tokenize(texts)
-        input_ids, special = encoded["input_ids"], encoded["special_tokens_mask"].astype(bool)  # (B, T)
+        encoded, cuts = self._tokenize(texts)
+        input_ids = encoded["input_ids"]  # (B, T)
+        # a report that holds "[SEP]" has that token among its words
+        special = encoded["special_tokens_mask"].astype(bool) | np.isin(input_ids, self._special_ids)
         hidden = np.zeros_like(special)
         entity_mask = np.zeros_like(special)
         mim_noise = np.empty((len(samples), self.num_patches), dtype=np.float32)
+        counts = np.empty((len(samples), len(MASKING_COUNTS)), dtype=np.int64)
         for row, sample in enumerate(samples):
             generator = sample_generator(sample["sample_seed"], COLLATOR_STREAM)
             mim_noise[row] = generator.random(self.num_patches, dtype=np.float32)
-            words = _TokenWords(sample["text"], encoded["offset_mapping"][row], special[row])
-            hidden[row] = self._hidden_tokens(words, sample["entities"], generator)
-            entity_mask[row] = words.tokens_of_entities(
-                entity for entity in sample["entities"] if entity.kind in LABEL_KINDS and entity.assertion != "absent"
-            )
-            if not entity_mask[row].any():
-                entity_mask[row] = ~special[row]
+            words = TokenWords(sample["text"], encoded["offset_mapping"][row], special[row], *cuts[row])
+            entities = sample["entities"]
+            spans = words.spans([(entity.start, entity.end) for entity in entities])
+            whole = [(entity, span) for entity, span in zip(entities, spans, strict=True) if span is not None]
+            hidden[row], counts[row] = self._hidden_tokens(words, whole, generator)
+            named = [span for entity, span in whole if entity.kind in LABEL_KINDS and entity.assertion != "absent"]
+            entity_mask[row] = words.tokens(named) if named else ~special[row]
         batch = {
             **self._images(samples),
             "input_ids": torch.from_numpy(input_ids),
@@ -125,6 +148,8 @@ class MMCLIPCollator:
             "group_ids": torch.tensor([group_id(text) for text in texts], dtype=torch.int64),
             "mim_noise": torch.from_numpy(mim_noise),
         }
+        if self.count_masks:
+            batch["masking_counts"] = torch.from_numpy(counts)
         if self.augmentation is not None and not self.augmentation.is_off:
             generators = [sample_generator(sample["sample_seed"], AUGMENTATION_STREAM) for sample in samples]
             draws = np.stack([self.augmentation.draw(generator) for generator in generators])
@@ -133,9 +158,11 @@ class MMCLIPCollator:
             batch.update(self._prompts(samples))
         return batch
 
-    def _tokenize(self, texts: list[str]) -> dict[str, np.ndarray]:
-        """`input_ids`, `attention_mask`, `special_tokens_mask` (B, T) int64 and `offset_mapping` (B, T, 2)."""
-        encoded = self.processor.tokenizer(
+    def _tokenize(self, texts: list[str]) -> tuple[dict[str, np.ndarray], list[tuple]]:
+        """`input_ids`, `attention_mask`, `special_tokens_mask` (B, T) int64 and `offset_mapping` (B, T, 2); and for
+        each text the offsets of the tokens cut off right before and right after the others, None where none was."""
+        tokenizer = self.processor.tokenizer
+        encoded = tokenizer(
             texts,
             padding=True,
             truncation=True,
@@ -144,10 +171,16 @@ class MMCLIPCollator:
             return_offsets_mapping=True,
             return_special_tokens_mask=True,
         )
-        if any(encoding.overflowing for encoding in encoded.encodings):
-            logger.warning_once(f"Texts longer than {self.max_length} tokens are cut to that length.")
+        cuts = []
+        for encoding in encoded.encodings:
+            cuts.append((None, None))
+            if rest := encoding.overflowing:
+                logger.warning_once(f"Texts longer than {self.max_length} tokens are cut to that length.")
+                pairs = zip(rest[0].offsets, rest[0].special_tokens_mask, strict=True)
+                lost = [offsets for offsets, special in pairs if not special]
+                cuts[-1] = (lost[-1], None) if tokenizer.truncation_side == "left" else (None, lost[0])
         names = ("input_ids", "attention_mask", "special_tokens_mask", "offset_mapping")
-        return {name: np.asarray(encoded[name], dtype=np.int64) for name in names}
+        return {name: np.asarray(encoded[name], dtype=np.int64) for name in names}, cuts
 
     def _images(self, samples: Sequence[dict]) -> dict[str, Tensor]:
         has_image = torch.tensor([sample["image"] is not None for sample in samples])
@@ -163,24 +196,56 @@ class MMCLIPCollator:
         return {"pixel_values": pixel_values, "has_image": has_image}
 
     def _hidden_tokens(
-        self, words: "_TokenWords", entities: Sequence[Entity], generator: np.random.Generator
-    ) -> np.ndarray:
-        """(T,) bool: the tokens of one text that EntMLM hides."""
-        spans = [found for entity in entities if (found := words.whole_words(entity)) is not None]
-        if spans:
-            count = max(1, round(self.mlm_ratio * len(spans)))
-            chosen = np.concatenate([spans[i] for i in generator.permutation(len(spans))[:count]])
+        self, words: TokenWords, whole: list[tuple[Entity, slice]], generator: np.random.Generator
+    ) -> tuple[np.ndarray, tuple[int, ...]]:
+        """(T,) bool: the tokens of one text that EntMLM hides, of the entities and their words or others; and the
+        numbers of `MASKING_COUNTS`."""
+        candidates = [pair for pair in whole if pair[0].kind in self.mlm_kinds] or whole
+        num_entities = num_cued = num_hidden_cues = 0
+        if candidates:
+            num_entities = max(1, round(self.mlm_ratio * len(candidates)))
+            chosen = [candidates[i] for i in generator.permutation(len(candidates))[:num_entities]]
+            indices = [span for _, span in chosen]
+            if self.mlm_cue_ratio > 0:
+                cues, num_cued, num_hidden_cues = self._hidden_cues(words, whole, chosen, generator)
+                indices += cues
         else:
-            chosen = words.draw(1, generator)
-        hidden = words.tokens(chosen)
+            indices = [words.draw(1, generator)]
+        hidden = words.tokens(indices)
         if self.mlm_masking == "random":
-            hidden = words.tokens(words.draw(int(hidden.sum()), generator))
-        return hidden
+            hidden = words.tokens([words.draw(int(hidden.sum()), generator)])
+            num_entities = num_cued = num_hidden_cues = 0
+        num_tokens = int(np.count_nonzero(words.token_word >= 0))
+        num_hidden = int(np.count_nonzero(hidden))
+        return hidden, (1, num_tokens, num_hidden, int(bool(candidates)), num_entities, num_cued, num_hidden_cues)
+
+    def _hidden_cues(
+        self,
+        words: TokenWords,
+        whole: list[tuple[Entity, slice]],
+        chosen: list[tuple[Entity, slice]],
+        generator: np.random.Generator,
+    ) -> tuple[list, int, int]:
+        """Words to hide beside the chosen entities; how many of these have a cue, and how many one that is hidden."""
+        cued = defaultdict(int)  # cue -> number of entities that are hidden under it
+        for entity, _ in chosen:
+            if entity.cue_start is not None:
+                cued[entity.cue_start, entity.cue_end] += 1
+        in_text = [(cue, span) for cue, span in zip(cued, words.spans(list(cued)), strict=True) if span is not None]
+        indices, num_hidden = [], 0
+        for (cue, span), draw in zip(in_text, generator.random(len(in_text)), strict=True):
+            if draw < self.mlm_cue_ratio:
+                num_hidden += cued[cue]
+                under = [entity for entity, _ in whole if (entity.cue_start, entity.cue_end) == cue]
+                start = min(cue[0], *(entity.start for entity in under))
+                end = max(cue[1], *(entity.end for entity in under))
+                indices += [span, words.coordinators(start, end, [span for _, span in whole])]
+        return indices, sum(cued[cue] for cue, _ in in_text), num_hidden
 
     def _prompts(self, samples: Sequence[dict]) -> dict[str, Tensor]:
         generator = sample_generator(samples[0]["sample_seed"], BATCH_STREAM)
         texts = [text for pairs in self._prompt_pairs for text in pairs[generator.integers(len(pairs))]]
-        encoded = self._tokenize(texts)
+        encoded, _ = self._tokenize(texts)
         labels = torch.full((len(samples), len(self.prompt_labels)), float(IGNORE))
         for row, sample in enumerate(samples):
             for column, label in enumerate(self.prompt_labels):
@@ -193,58 +258,6 @@ class MMCLIPCollator:
             "prompt_attention_mask": torch.from_numpy(encoded["attention_mask"]),
             "prompt_labels": labels,
         }
-
-
-class _TokenWords:
-    """Which words of one text its tokens belong to, for any tokenizer that gives character offsets.
-
-    A word is a run of letters, digits and underscores, or one other sign. `token_word` (T,) holds its number, -1 for
-    special tokens; `whole` lists the words of which no piece was cut off.
-    """
-
-    def __init__(self, text: str, offsets: np.ndarray, special: np.ndarray):
-        matches = [match.span() for match in _WORD.finditer(text)]
-        # blanks count to the word after them: some tokenizers put the blank into the token
-        self.char_word = np.full(len(text) + 1, len(matches))
-        begin = 0
-        for number, (_, end) in enumerate(matches):
-            self.char_word[begin:end] = number
-            begin = end
-        kept = ~special & (offsets[:, 1] > offsets[:, 0])
-        self.token_word = np.where(kept, self.char_word[np.minimum(offsets[:, 0], len(text))], -1)
-        self.token_word[self.token_word == len(matches)] = -1
-        ends = np.array([end for _, end in matches], dtype=np.int64)
-        reached = int(offsets[kept, 1].max()) if kept.any() else 0
-        is_letters = np.array([text[end - 1].isalnum() for _, end in matches], dtype=bool)
-        present = np.zeros(len(matches), dtype=bool)
-        present[self.token_word[self.token_word >= 0]] = True
-        self.is_whole = present & (ends <= reached)
-        self.whole = np.flatnonzero(self.is_whole)
-        self._letters = np.flatnonzero(self.is_whole & is_letters)
-
-    def whole_words(self, entity: Entity) -> np.ndarray | None:
-        """Numbers of the words that `entity` touches; None when one of them was cut off."""
-        first, last = self.char_word[entity.start], self.char_word[entity.end - 1]
-        if last >= len(self.is_whole) or not self.is_whole[first : last + 1].all():
-            return None
-        return np.arange(first, last + 1)
-
-    def tokens(self, words: np.ndarray) -> np.ndarray:
-        """(T,) bool: every token of the given words."""
-        chosen = np.zeros(len(self.is_whole) + 1, dtype=bool)  # the last is that of special tokens, number -1
-        chosen[words] = True
-        return chosen[self.token_word]
-
-    def tokens_of_entities(self, entities) -> np.ndarray:
-        spans = [found for entity in entities if (found := self.whole_words(entity)) is not None]
-        return self.tokens(np.concatenate(spans)) if spans else np.zeros(len(self.token_word), dtype=bool)
-
-    def draw(self, num_tokens: int, generator: np.random.Generator) -> np.ndarray:
-        """Random whole words, until they hold at least `num_tokens` tokens; signs only in a text of nothing else."""
-        order = generator.permutation(self._letters if len(self._letters) else self.whole)
-        tokens_of = np.bincount(self.token_word[self.token_word >= 0], minlength=len(self.is_whole))
-        held = np.cumsum(tokens_of[order])
-        return order[: int(np.searchsorted(held, num_tokens)) + 1]
 
 
 def group_id(text: str) -> int:

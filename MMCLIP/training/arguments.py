@@ -93,6 +93,12 @@ class DataArguments:
     max_length: int | None = _option("Longest text in tokens; left out, what the text tower takes")
     mlm_masking: str = _option("entity: EntMLM hides whole entities; random: whole words", "entity")
     mlm_ratio: float = _option("Share of a text's entities that EntMLM hides, at least one", 0.5)
+    mlm_kinds: list[str] = _option("Kinds of entities that it hides (finding, anatomy, ...); left out, every kind", [])
+    mlm_cue_ratio: float = _option(
+        "Share of the hidden absent and uncertain entities whose `no` or `may represent` is hidden with them, so that "
+        "the image must say; 0, as the numbers in RESULTS.md were measured without it",
+        0.0,
+    )
     prompt_labels: list[str] = _option("Findings of the prompt loss; `all`: those that are stated both ways", [])
     validation_labels: list[str] = _option("Labels of the zero-shot validation; left out, all that can be scored", [])
     max_rotation: float = _option("Augmentation: degrees, either way", 5.0)

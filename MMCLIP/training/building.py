@@ -155,8 +155,11 @@ def build_datasets(
         num_patches=model.num_patches,
         mlm_masking=data.mlm_masking,
         mlm_ratio=data.mlm_ratio,
+        mlm_kinds=data.mlm_kinds,
+        mlm_cue_ratio=data.mlm_cue_ratio,
         prompt_labels=labels,
         augmentation=augmentation,
+        count_masks=True,
     )
     return dataset, collator
 

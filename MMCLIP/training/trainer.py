@@ -8,6 +8,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
 from ..evaluation.zero_shot import evaluate_zero_shot
+from ..text.masking import MASKING_COUNTS, masking_rates
 
 
 class _SetEpoch(TrainerCallback):
@@ -26,7 +27,8 @@ class MMCLIPTrainer(Trainer):
 
     `eval_dataset` is a manifest of rows, `processing_class` the processor. Validation scores the rows zero-shot and
     gives `eval_macro_auroc` (and the AUROC of each label), so `metric_for_best_model: macro_auroc` keeps the best
-    checkpoint. `validation_labels` limits the labels. Each loss is logged as `loss_NAME`, averaged since the last log.
+    checkpoint. `validation_labels` limits the labels. Each loss is logged as `loss_NAME`, averaged since the last log,
+    and with EntMLM the `masking_rates` of all texts since then.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class MMCLIPTrainer(Trainer):
             )
         self.validation_labels, self.fully_labelled = validation_labels, fully_labelled
         self._loss_sums, self._num_losses = defaultdict(float), 0
+        self._masking_counts = None
         self.add_callback(_SetEpoch(self.train_dataset))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -55,9 +58,13 @@ class MMCLIPTrainer(Trainer):
         if draws is not None and model.training:
             augmentation = self.data_collator.augmentation
             inputs["pixel_values"] = augmentation(inputs["pixel_values"], draws, inputs["has_image"])
+        counts = inputs.pop("masking_counts", None)
         outputs = model(**inputs)
         for name, value in outputs.loss_info.items():
             self._loss_sums[name] += value  # stays on the device: reading it here would wait for every step
+        if counts is not None and "mlm" in outputs.loss_info:
+            counts = counts.sum(dim=0)  # (7,), stays on the device too
+            self._masking_counts = counts if self._masking_counts is None else self._masking_counts + counts
         self._num_losses += 1
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
@@ -66,8 +73,12 @@ class MMCLIPTrainer(Trainer):
             for name, total in self._loss_sums.items():
                 mean = self.accelerator.reduce(torch.as_tensor(total), reduction="mean").item() / self._num_losses
                 logs[f"loss_{name}"] = round(mean, 4)
+            if self._masking_counts is not None:
+                counts = self.accelerator.reduce(self._masking_counts, reduction="sum").tolist()
+                rates = masking_rates(dict(zip(MASKING_COUNTS, counts, strict=True)))
+                logs.update((name, round(rate, 4)) for name, rate in rates.items())
             logs["similarity_scale"] = round(self.accelerator.unwrap_model(self.model).similarity_scale().item(), 2)
-            self._loss_sums, self._num_losses = defaultdict(float), 0
+            self._loss_sums, self._num_losses, self._masking_counts = defaultdict(float), 0, None
         super().log(logs, *args, **kwargs)
 
     def get_decay_parameter_names(self, model) -> list[str]:

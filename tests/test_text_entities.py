@@ -30,7 +30,7 @@ def test_entity_has_the_offsets_kind_and_assertion_of_its_words(recognizer):
         Entity(0, 5, "small", "descriptor", "present"),
         Entity(6, 10, "left", "descriptor", "present"),
         Entity(11, 27, "pleural effusion", "finding", "present"),
-        Entity(32, 39, "nodule", "finding", "absent"),
+        Entity(32, 39, "nodule", "finding", "absent", 29, 31),
     ]
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoProcessor
 from MMCLIP.evaluation import report
 from MMCLIP.evaluation.grounding import heatmap_auroc
 from MMCLIP.evaluation.zero_shot import evaluate_zero_shot
+from MMCLIP.text.prompt_sets import prompt_set, prompt_set_names
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -32,7 +33,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="does a label that a row does not name count as absent? default: where a row lists no absent label",
     )
-    parser.add_argument("--ensemble", default="mean_embedding", choices=("mean_embedding", "first"), help="of prompts")
+    parser.add_argument(
+        "--prompts", default="mmclip", help=f"{', '.join(prompt_set_names())}, or a YAML file like prompt_sets.yaml"
+    )
     parser.add_argument("--output_dir", required=True, help="for metrics.json, report.md, predictions.csv and figures/")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=0, help="processes that read images")
@@ -53,7 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
             f"--model: {args.model} has no config.json. Give the folder of a saved model, X/checkpoint, or a Hub id, "
             "OWNER/NAME."
         )
-    train, log_history = report.read_train_results(args.model, args.train_results)  # before the long part
+    prompts = prompt_set(args.prompts)  # before the long part, as is the next
+    train, log_history = report.read_train_results(args.model, args.train_results)
     if args.manifest:
         from MMCLIP.data.prepared import read_manifest
 
@@ -75,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows,
         labels=args.labels.split(",") if args.labels else None,
         unlisted_is_absent=args.unlisted_is_absent,
-        ensemble=args.ensemble,
+        prompts=prompts,
         progress="zero-shot",
         **shared,
     )

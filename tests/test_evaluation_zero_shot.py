@@ -18,9 +18,10 @@ from MMCLIP.evaluation.zero_shot import (
     check_scorable,
     evaluate_zero_shot,
     label_matrix,
-    prompt_embeddings,
+    prompt_margins,
     zero_shot_scores,
 )
+from MMCLIP.text.prompt_sets import PromptSet, prompt_set, prompt_set_names
 from MMCLIP.text.prompts import negative_prompts, positive_prompts
 
 
@@ -101,25 +102,65 @@ def test_images_that_all_round_to_one_are_still_ranked():
     assert results["zero_shot"]["per_class"]["edema"]["auroc"] == 1.0
 
 
-def test_prompt_embeddings_average_the_prompts_of_a_side_and_have_unit_length(real):
-    model, processor = real
-    embeds = prompt_embeddings(model, processor, ["edema", "mass"])
-    tokens = processor(text=negative_prompts("mass"))
-    with torch.no_grad():
-        mean = model.get_text_features(**tokens).pooler_output.double().mean(dim=0)
-    assert embeds.shape == (2, 2, 16)
-    torch.testing.assert_close(embeds[1, 1], mean / mean.norm(), atol=1e-6, rtol=0)
+def unit_rows(number, size=16):
+    embeds = torch.randn(number, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return nn.functional.normalize(embeds, dim=-1)
 
 
-def test_first_takes_the_first_prompt_of_each_side_alone(real):
+def text_embeds(real, texts):
     model, processor = real
-    embeds = prompt_embeddings(model, processor, ["edema"], ensemble="first")
-    tokens = processor(text=[positive_prompts("edema")[0], negative_prompts("edema")[0]])
     with torch.no_grad():
-        expected = model.get_text_features(**tokens).pooler_output.double()
-    torch.testing.assert_close(embeds[0], expected, atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match="'max'"):
-        prompt_embeddings(model, processor, ["edema"], ensemble="max")
+        return model.get_text_features(**processor(text=list(texts))).pooler_output.double()
+
+
+def test_mean_embedding_is_the_similarity_to_the_mean_of_a_side_at_unit_length(real):
+    images = unit_rows(3)
+    margins = prompt_margins(*real, images, ["edema", "mass"])
+    positive, negative = (
+        text_embeds(real, prompts("mass")).mean(0) for prompts in (positive_prompts, negative_prompts)
+    )
+    expected = real[0].similarity_scale() * images @ (positive / positive.norm() - negative / negative.norm())
+    assert margins.shape == (3, 2) and margins.dtype == torch.float64
+    torch.testing.assert_close(margins[:, 1], expected.detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pooling", ["mean_score", "max_score"])
+def test_scores_are_pooled_over_the_texts_of_a_side(real, pooling):
+    images, scale = unit_rows(5), real[0].similarity_scale().detach()
+    texts = {
+        "edema": (("Edema.", "Fluid overload.", "Septal lines."), ("No edema.", "Dry lungs.", "Clear.")),
+        "mass": (("Mass.",), ()),
+    }
+    margins = prompt_margins(*real, images, ["mass", "edema"], PromptSet("mine", "", pooling, texts))
+    positive, negative = (images @ text_embeds(real, side).T for side in texts["edema"])  # (5, 3)
+    pool = (lambda scores: scores.mean(1)) if pooling == "mean_score" else (lambda scores: scores.max(1).values)
+    torch.testing.assert_close(margins[:, 1], scale * (pool(positive) - pool(negative)), atol=1e-5, rtol=0)
+    alone = images @ text_embeds(real, ["Mass."])[0]
+    torch.testing.assert_close(margins[:, 0], scale * alone, atol=1e-5, rtol=0)
+
+
+def test_every_named_set_scores_its_labels_and_no_two_alike(real):
+    images = unit_rows(4)
+    scored = {}
+    for name in prompt_set_names():
+        label = "pneumonia" if "pneumonia" in prompt_set(name).prompts else "edema"
+        scored[name] = prompt_margins(*real, images, [label], name)
+    assert all(torch.isfinite(margins).all() for margins in scored.values())
+    assert len({tuple(margins.flatten().tolist()) for margins in scored.values()}) == len(scored) - 1
+    # these two differ by a capital, which the tokenizer does not see
+    torch.testing.assert_close(scored["chexzero"], scored["cxr-clip"])
+
+
+def test_the_prompts_that_were_used_are_in_the_results_and_a_missing_label_is_an_error_before_any_image_is_read(real):
+    rows = make_rows({"present": ["edema"]}, {"present": ["pneumonia"]})
+    results, _ = evaluate_zero_shot(*real, rows, prompts="sentence", num_bootstrap=0)
+    assert results["zero_shot"]["prompts"]["name"] == "sentence"
+    assert results["zero_shot"]["prompts"]["pooling"] == "mean_embedding"
+    unreadable = make_rows({"present": ["edema"], "image": b"no picture"}, {"present": ["pneumonia"]})
+    with pytest.raises(ValueError, match="'biovil-rsna' has no text for edema.*pneumonia"):
+        evaluate_zero_shot(*real, unreadable, prompts="biovil-rsna")
+    only = evaluate_zero_shot(*real, rows, ["Pneumonia"], prompts="biovil-rsna", num_bootstrap=0)[1]
+    assert only.margins.shape == (2, 1)
 
 
 def test_each_prompt_is_embedded_once_however_many_images_there_are():
@@ -147,7 +188,7 @@ def test_scores_are_the_ones_of_the_models_own_forward(real):
     texts = [positive_prompts("edema")[0], negative_prompts("edema")[0]]
     with torch.no_grad():
         logits = model(**processor(images=[image], text=texts)).logits_per_image
-    scores = zero_shot_scores(model, processor, [image], ["edema"], ensemble="first")
+    scores = zero_shot_scores(model, processor, [image], ["edema"], prompts="sentence")
     assert scores[0, 0] == pytest.approx(logits.softmax(dim=-1)[0, 0].item(), abs=1e-5)
 
 

@@ -129,10 +129,10 @@ def test_an_attribute_is_said_as_often_as_asked_and_never_when_not_known():
     [
         ({"effusion": {"side": "upper"}}, "side of 'pleural effusion' is 'upper'.*left"),
         ({"effusion": {"severity": "mild"}}, "severity of 'pleural effusion' is 'mild'.*small"),
-        ({"effusion": {"size": "small"}}, r"keys \['size'\]"),
+        ({"effusion": {"size": "small"}}, r"keys \['size'\], expected 'side' and 'severity'"),
         ({"cardiomegaly": {"side": "left"}}, "side of 'cardiomegaly' is 'left', expected none"),
         ({"mass": {"side": "left"}}, "'mass', which is not among the present"),
-        ({"efusion": {"side": "left"}}, "attributes: unknown label 'efusion'"),
+        ({"efusion": {"side": "left"}}, "unknown label 'efusion'"),
     ],
 )
 def test_an_attribute_that_the_label_does_not_take_is_an_error(attributes, message):

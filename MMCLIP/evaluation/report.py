@@ -122,6 +122,8 @@ def write_markdown(output_dir: str | Path, results: Mapping, figures: Sequence[P
         "{num_without_image} without an image. Intervals: {num_bootstrap} draws of patients. In "
         "{num_unlisted_is_absent} images a label that is not named counts as absent.".format_map(zero_shot)
     )
+    if "prompts" in zero_shot:
+        lines.append("\nPrompts: `{name}` ({source}), pooled by `{pooling}`.".format_map(zero_shot["prompts"]))
     if zero_shot["macro_auroc_ci"] is None and zero_shot["per_class"] and zero_shot["num_bootstrap"]:
         lines.append(
             "\nThe mean has no interval: every label has present and absent images in only {num_bootstrap_macro} of "

@@ -1,6 +1,7 @@
 """Zero-shot classification: one positive and one negative prompt ensemble for each finding, no training.
 
 Follows CheXzero and CXR-CLIP: P(present) is the softmax over the pair (positive, negative) at the model's temperature.
+Which texts, and how several of a side become one score, is told by a `PromptSet` of `MMCLIP/text/prompt_sets.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..modeling_mmclip import evaluating
-from ..text.prompts import negative_prompts, positive_prompts
+from ..text.prompt_sets import PromptSet, prompt_set
 from ..text.vocabulary import canonical_label, with_broader_labels
 from .metrics import UNKNOWN, classification_metrics
 
@@ -32,7 +33,7 @@ class ZeroShotPredictions(NamedTuple):
 
     @property
     def scores(self) -> np.ndarray:
-        """P(present), (n, F) in [0, 1]."""
+        """P(present), (n, F) in [0, 1]; no probability but an order of images where prompts have no negative side."""
         return torch.from_numpy(self.margins).sigmoid().numpy()
 
 
@@ -98,25 +99,29 @@ def embed_texts(model, processor, texts: Sequence[str], batch_size: int = 256) -
     return torch.cat(embeds)
 
 
-def prompt_embeddings(model, processor, labels: Sequence[str], ensemble: str = "mean_embedding") -> Tensor:
-    """The two texts of each label in the shared space: (F, 2, D), [:, 0] positive and [:, 1] negative, unit length.
+def prompt_margins(
+    model, processor, image_embeds: Tensor, labels: Sequence[str], prompts: str | PromptSet = "mmclip"
+) -> Tensor:
+    """Logits of the positive minus the negative side of each label, (n, F) float64, for `image_embeds` (n, D).
 
-    `ensemble="mean_embedding"` averages the embeddings of all prompts of a side, as CLIP does; `"first"` takes the
-    first prompt alone. Every text goes through the tower once.
+    `prompts` is a set, or what `prompt_set` takes. The texts of a side count as its `pooling` says; a side without
+    texts counts 0. Every text goes through the tower once.
     """
-    if ensemble not in ("mean_embedding", "first"):
-        raise ValueError(f"`ensemble` must be 'mean_embedding' or 'first', but is {ensemble!r}.")
-    sides = [prompts(label) for label in labels for prompts in (positive_prompts, negative_prompts)]
-    if ensemble == "first":
-        sides = [prompts[:1] for prompts in sides]
-    embeds = embed_texts(model, processor, [text for prompts in sides for text in prompts])
-    means = torch.stack([part.mean(dim=0) for part in embeds.split([len(prompts) for prompts in sides])])
-    return nn.functional.normalize(means, dim=-1).unflatten(0, (len(labels), 2))
-
-
-def _margins(model, image_embeds: Tensor, prompts: Tensor) -> Tensor:
+    prompts = prompt_set(prompts) if isinstance(prompts, str) else prompts
+    sides = [side for pair in prompts.texts(labels) for side in pair]
+    embeds = embed_texts(model, processor, [text for side in sides for text in side]).split([len(s) for s in sides])
+    scale = model.similarity_scale().detach().double().cpu()
+    if prompts.pooling == "max_score":
+        none = image_embeds.new_zeros(len(image_embeds))
+        best = [(image_embeds @ part.T).amax(dim=1) if len(part) else none for part in embeds]
+        return scale * (torch.stack(best[::2], dim=1) - torch.stack(best[1::2], dim=1))
+    # the mean of similarities is the similarity to the mean
+    means = torch.stack([part.mean(dim=0) if len(part) else part.new_zeros(part.shape[1]) for part in embeds])
+    if prompts.pooling == "mean_embedding":
+        means = nn.functional.normalize(means, dim=-1)
+    means = means.unflatten(0, (len(labels), 2))
     # softmax over a pair is the sigmoid of the difference; (n, D) @ (D, F) in float64
-    return model.similarity_scale().detach().double().cpu() * image_embeds @ (prompts[:, 0] - prompts[:, 1]).T
+    return scale * image_embeds @ (means[:, 0] - means[:, 1]).T
 
 
 def zero_shot_scores(
@@ -125,18 +130,18 @@ def zero_shot_scores(
     images: Sequence | datasets.Dataset,
     labels: Sequence[str],
     batch_size: int = 64,
-    ensemble: str = "mean_embedding",
+    prompts: str | PromptSet = "mmclip",
     num_workers: int = 0,
     progress: str = "",
 ) -> np.ndarray:
     """P(present) of each label in each image: (n, F) float64 in [0, 1].
 
     `images` are rows of a manifest or a list of anything the processor reads. The pair (positive, negative) goes
-    through a softmax at the model's temperature. The model stays in the mode it was in.
+    through a softmax at the model's temperature. `prompts` is a set of prompts, its name, or a YAML file of one's own.
+    The model stays in the mode it was in.
     """
-    prompts = prompt_embeddings(model, processor, labels, ensemble)
     image_embeds = embed_images(model, processor, images, batch_size, num_workers, progress)
-    return _margins(model, image_embeds, prompts).sigmoid().numpy()
+    return prompt_margins(model, processor, image_embeds, labels, prompts).sigmoid().numpy()
 
 
 def label_matrix(
@@ -239,7 +244,7 @@ def evaluate_zero_shot(
     *,
     unlisted_is_absent: bool | None = None,
     fully_labelled: Sequence[str] = (),
-    ensemble: str = "mean_embedding",
+    prompts: str | PromptSet = "mmclip",
     batch_size: int = 64,
     num_bootstrap: int = 1000,
     seed: int = 0,
@@ -250,15 +255,17 @@ def evaluate_zero_shot(
 
     `labels` defaults to every label that the rows name as present or absent; any known spelling is accepted. What a
     label means that a row does not name is decided by `unlisted_is_absent` and `fully_labelled`, see [`label_matrix`].
-    Rows without an image, and rows without a label, are left out and counted. Intervals draw patients with replacement,
+    `prompts` is a set of prompts, its name, or a YAML file of one's own; it must have a text for every label. Rows
+    without an image, and rows without a label, are left out and counted. Intervals draw patients with replacement,
     equal names in two sources being two patients. Where rows come from several sources the AUROCs within each source
     are added under `by_source`, as a source can give a label away.
     """
     kept, labels, lacking = _scored_rows(rows, labels)
     targets, num_by_rule = label_matrix(kept, labels, unlisted_is_absent, fully_labelled)
-    prompts = prompt_embeddings(model, processor, labels, ensemble)
+    prompts = prompt_set(prompts) if isinstance(prompts, str) else prompts
+    prompts.texts(labels)  # a label without a text is an error before the long part
     image_embeds = embed_images(model, processor, kept, batch_size, num_workers, progress)
-    margins = _margins(model, image_embeds, prompts).numpy()
+    margins = prompt_margins(model, processor, image_embeds, labels, prompts).numpy()
 
     sources = kept["source"]
     patients = [f"{source}\0{name}" if name else "" for source, name in zip(sources, kept["patient_id"], strict=True)]
@@ -267,7 +274,7 @@ def evaluate_zero_shot(
     result["num_patients"] = len(set(patients) - {""}) + patients.count("")
     result["num_unlisted_is_absent"] = num_by_rule  # images in which a label that is not named counts as absent
     result["fully_labelled"] = list(fully_labelled)
-    result["ensemble"] = ensemble
+    result["prompts"] = {"name": prompts.name, "source": prompts.source, "pooling": prompts.pooling}
     if len(set(sources)) > 1:
         result["by_source"] = _by_source(sources, targets, margins, labels)
     predictions = ZeroShotPredictions(list(kept["row_id"]), labels, targets, margins)

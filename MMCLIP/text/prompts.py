@@ -15,7 +15,7 @@ from .vocabulary import NO_FINDING, broader_labels, canonical_label, vocabulary
 
 
 SIDES = ("left", "right", "bilateral")
-_ATTRIBUTES = ("side", "severity")
+_ATTRIBUTES = {"side", "severity"}
 _WORDS = yaml.safe_load(Path(__file__).with_name("prompts.yaml").read_text(encoding="utf-8"))
 _VOWELS = "aeiouAEIOU"
 _LIKE_YOU = ("uni", "eu", "use", "uro")  # begin with a vowel letter and a consonant sound
@@ -95,7 +95,8 @@ def attribute_nouns(label: str, side: str | None, severity: str | None) -> tuple
     return tuple(_noun(form, countable)._replace(is_plural=False) for form in forms)
 
 
-def _fill(template: str, noun: Noun) -> str:
+def fill_template(template: str, noun: Noun, **names: str) -> str:
+    """A template of prompts.yaml about one noun phrase; `names` are further gaps that it may have."""
     with_article = noun.article + noun.text
     return template.format_map(
         {
@@ -104,6 +105,7 @@ def _fill(template: str, noun: Noun) -> str:
             "a_phrase": with_article,
             "A_phrase": _capital(with_article),
             "is": noun.verb,
+            **names,
         }
     )
 
@@ -125,7 +127,7 @@ def _prompts(label: str, sign: str) -> list[str]:
     label = canonical_label(label)
     if label == NO_FINDING:
         return list(_WORDS[NO_FINDING][sign])
-    return [_fill(template, noun) for noun in label_nouns(label) for template in _WORDS["pairs"][sign]]
+    return [fill_template(template, noun) for noun in label_nouns(label) for template in _WORDS["pairs"][sign]]
 
 
 _canonical = functools.cache(canonical_label)  # prompts are drawn for every sample
@@ -153,7 +155,8 @@ def sample_prompt(
     implies is never denied. "no finding" speaks in its own sentences, beside devices but never beside a finding.
 
     `attributes` tells what is known of present labels, `{"pleural effusion": {"side": "left", "severity": "small"}}`;
-    a label's own are stated with probability `attribute_ratio`, since zero-shot prompts have none.
+    each label's own are stated, in a sentence of its own, with probability `attribute_ratio`, since zero-shot prompts
+    have none.
 
     The same state of `rng` gives the same text. Raises ValueError when there is nothing to say, a label is unknown, or
     an attribute is not one that the label takes.
@@ -174,16 +177,18 @@ def sample_prompt(
     sentences = []
     if findings:
         _shuffle(findings, rng)
-        nouns = []
-        for label in findings:
-            stated = label in known and rng.random() < attribute_ratio
-            nouns.append(_draw(attribute_nouns(label, *known[label]) if stated else label_nouns(label), rng))
-        if len(findings) > 1 and rng.random() < 0.5:
+        described = {label for label in findings if label in known and rng.random() < attribute_ratio}
+        nouns = [
+            _draw(attribute_nouns(label, *known[label]) if label in described else label_nouns(label), rng)
+            for label in findings
+        ]
+        # in one list, "left" could be read as said of its neighbours too
+        if len(findings) > 1 and not described and rng.random() < 0.5:
             sentences.append(_fill_list(_draw(_WORDS["lists"], rng), nouns, "and"))
         else:
             for label, noun in zip(findings, nouns, strict=True):
                 kind = "device" if vocabulary()[label].kind == "device" else "finding"
-                sentences.append(_fill(_draw(_WORDS["statements"][kind], rng), noun))
+                sentences.append(fill_template(_draw(_WORDS["statements"][kind], rng), noun))
     if normal:
         options = _WORDS[NO_FINDING]["beside devices" if findings else "positive"]
         sentences.insert(int(rng.random() * (len(sentences) + 1)), _draw(options, rng))
@@ -204,12 +209,11 @@ def _known_attributes(
     """Canonical label -> (side, severity), after checks."""
     known = {}
     for name, values in attributes.items():
-        label = canonical_label(name, where="attributes")
+        label = _canonical(name)
         if label not in present:
             raise ValueError(f"`attributes` describes {name!r}, which is not among the present labels {list(present)}.")
-        unknown = sorted(set(values) - set(_ATTRIBUTES))
-        if unknown:
-            raise ValueError(f"`attributes` of {name!r} has the keys {unknown}; expected {_ATTRIBUTES}.")
+        if not values.keys() <= _ATTRIBUTES:
+            raise ValueError(f"`attributes` of {name!r} has the keys {list(values)}, expected 'side' and 'severity'.")
         known[label] = (values.get("side"), values.get("severity"))
         attribute_nouns(label, *known[label])
     return known

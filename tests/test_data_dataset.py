@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from MMCLIP.data.dataset import MMCLIPDataset, find_entities
+from MMCLIP.data.dataset import MMCLIPDataset, find_entities, known_sides
 from MMCLIP.data.manifest import FEATURES
 from MMCLIP.text.entities import Entity, LexiconRecognizer
 
@@ -164,3 +164,53 @@ def test_unreadable_image_and_row_without_words_name_the_row():
 def test_unknown_option_value_is_an_error(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         MMCLIPDataset(rows(), **option)
+
+
+def box(finding, x, width):
+    return {"finding": finding, "x": x, "y": 2.0, "width": width, "height": 4.0}
+
+
+def test_a_box_tells_the_side_of_the_patient_and_one_near_the_middle_none():
+    boxes = [box("mass", 10, 20), box("nodule", 70, 10), box("edema", 10, 20), box("edema", 60, 30)]
+    assert known_sides([], boxes, 100) == {"mass": "right", "nodule": "left", "edema": "bilateral"}
+    assert known_sides([], [box("mass", 30, 19.9)], 100) == {"mass": "right"}  # centre at 40 of 100
+    for x, width in ((30, 20.2), (10, 41), (40, 60), (50, 18)):
+        assert known_sides([], [box("mass", x, width)], 100) == {}
+    assert known_sides([], [box("mass", 10, 20), box("mass", 45, 10)], 100) == {}
+
+
+def test_a_mask_tells_the_side_that_it_names_and_one_without_a_side_none():
+    masks = [
+        {"finding": name, "side": side} for name, side in (("mass", "left"), ("edema", "bilateral"), ("nodule", ""))
+    ]
+    assert known_sides(masks, [], 100) == {"mass": "left", "edema": "bilateral"}
+    assert known_sides(masks, [box("mass", 10, 20)], 100)["mass"] == "bilateral"
+
+
+def unpaired(present, view="PA", **lesions):
+    row = {**rows()[1], "report": None, "present": present, "absent": [], "view": view, **lesions}
+    dataset = MMCLIPDataset(datasets.Dataset.from_list([row], features=FEATURES))
+    texts = []
+    for epoch in range(40):
+        dataset.set_epoch(epoch)
+        texts.append(dataset[0]["text"])
+    return texts
+
+
+def test_a_prompt_tells_the_side_of_masks_and_of_boxes_in_a_frontal_film():
+    masks = [
+        {"finding": "mass", "side": "left", "png": b""},
+        {"finding": "support device", "side": "right", "png": b""},
+    ]
+    texts = unpaired(["mass", "support device"], masks=masks)
+    assert 8 < sum("left" in text for text in texts) < 32 and not any("right" in text for text in texts)
+    boxes = [box("mass", 1, 3), box("cardiomegaly", 1, 3), box("nodule", 1, 3)]  # the film is 12 wide
+    texts = unpaired(["mass", "cardiomegaly"], boxes=boxes)
+    assert 8 < sum("right" in text for text in texts) < 32 and not any("nodule" in text for text in texts)
+    assert all(" mass" in text or "Mass" in text for text in texts if "right" in text.lower())
+    assert not any("right" in text for text in unpaired(["mass"], view="LATERAL", boxes=boxes))
+
+
+def test_rows_without_masks_and_boxes_have_prompts_too():
+    dataset = MMCLIPDataset(rows().remove_columns(["masks", "boxes"]))
+    assert "mass" in dataset[1]["text"].lower()

@@ -1,6 +1,6 @@
 """Manifest rows as training samples: every row becomes an image, a text, its entities and its labels."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import datasets
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 
 from ..image_processing_mmclip import load_grayscale
 from ..text.entities import Entity, LexiconRecognizer, report_labels
-from ..text.prompts import sample_prompt
+from ..text.prompts import has_side, sample_prompt
 from .manifest import ENTITIES
 
 
@@ -28,8 +28,9 @@ class MMCLIPDataset(torch.utils.data.Dataset):
     (list of `Entity` in `text`), `present` and `absent` (canonical labels), `sample_seed` (seed, epoch, i).
 
     A row with a report has that text, and by default the labels its report states. A row without one gets a
-    disease-kind prompt written from its labels and drawn anew in each epoch. The same (seed, epoch, i) gives the same
-    sample in any process. The entities of reports are found once, here, and cached by `datasets`.
+    disease-kind prompt written from its labels, with their sides where masks or boxes tell them, and drawn anew in each
+    epoch. The same (seed, epoch, i) gives the same sample in any process. The entities of reports are found once, here,
+    and cached by `datasets`.
 
     Args:
         rows: Rows with the columns of `MMCLIP.data.manifest.FEATURES`; checked by `check_rows` where they are read. A
@@ -63,7 +64,9 @@ class MMCLIPDataset(torch.utils.data.Dataset):
         self.unpaired_texts = unpaired_texts
         self.paired_labels = paired_labels
         self.max_negatives = max_negatives
-        rows = rows.remove_columns([name for name in ("masks", "boxes") if name in rows.column_names])
+        lesions = [name for name in ("masks", "boxes") if name in rows.column_names]
+        self._lesions = rows.select_columns(["view", *lesions])  # read for prompts alone
+        rows = rows.remove_columns(lesions)
         rows = find_entities(rows, self.recognizer)
         # a row of these alone is read in two thirds of the time
         self.rows = rows.select_columns(["row_id", "image", "report", "present", "absent", "entities"])
@@ -91,18 +94,19 @@ class MMCLIPDataset(torch.utils.data.Dataset):
         index = range(len(self))[index]
         row = self.rows[index]
         sample_seed = (self.seed, self.epoch, index)
-        if row["report"] is not None:
-            text = row["report"]
-            entities = _entities(row)
-        else:
-            text = self._prompt(row, sample_generator(sample_seed, TEXT_STREAM))
-            entities = self.recognizer(text)
-        present, absent = self._labels(row, entities)
         image = None
         if row["image"] is not None:
             where = f"row {row['row_id']!r}"
             stored = row["image"]["bytes"] if row["image"]["bytes"] is not None else row["image"]["path"]
             image = load_grayscale(stored, where=where)
+        if row["report"] is not None:
+            text = row["report"]
+            entities = _entities(row)
+        else:
+            sides = self._sides(index, row, image)
+            text = self._prompt(row, sides, sample_generator(sample_seed, TEXT_STREAM))
+            entities = self.recognizer(text)
+        present, absent = self._labels(row, entities)
         return {
             "row_id": row["row_id"],
             "image": image,
@@ -123,13 +127,43 @@ class MMCLIPDataset(torch.utils.data.Dataset):
             absent += [label for label in row["absent"] if label not in said]
         return present, absent
 
-    def _prompt(self, row: dict, generator: np.random.Generator) -> str:
+    def _sides(self, index: int, row: dict, image) -> dict[str, dict[str, str]]:
+        """What masks and boxes tell of the sides of present labels, as `attributes` of a prompt."""
+        if image is None or not any(has_side(label) for label in row["present"]):
+            return {}
+        lesions = self._lesions[index]
+        boxes = lesions.get("boxes") if lesions["view"] not in ("LATERAL", "OTHER") else ()
+        sides = known_sides(lesions.get("masks") or (), boxes or (), image.width)
+        return {label: {"side": side} for label, side in sides.items() if label in row["present"] and has_side(label)}
+
+    def _prompt(self, row: dict, sides: dict, generator: np.random.Generator) -> str:
         if self.unpaired_texts == "label" and row["present"]:
             return ", ".join(row["present"])
         try:
-            return sample_prompt(row["present"], row["absent"], generator, max_negatives=self.max_negatives)
+            return sample_prompt(
+                row["present"], row["absent"], generator, max_negatives=self.max_negatives, attributes=sides
+            )
         except ValueError as error:
             raise ValueError(f"row {row['row_id']!r}: {error}") from error
+
+
+def known_sides(masks: Iterable[dict], boxes: Iterable[dict], width: int) -> dict[str, str]:
+    """Finding -> "left", "right" or "bilateral" of the patient, whose right is on the left of the image.
+
+    A mask tells the side that it names. A box, in pixels of a frontal image `width` wide, tells the half it lies in,
+    unless it crosses the middle or its centre is within a tenth of the width of it, as no film is centred exactly. A
+    finding of which any mask or box tells no side is left out.
+    """
+    found: dict[str, set[str]] = {}
+    for mask in masks:
+        found.setdefault(mask["finding"], set()).add(mask["side"])
+    for box in boxes:
+        offset = box["x"] + box["width"] / 2 - width / 2
+        is_clear = abs(offset) >= max(0.1 * width, box["width"] / 2)
+        found.setdefault(box["finding"], set()).add(("left" if offset > 0 else "right") if is_clear else "")
+    return {
+        finding: sides.pop() if len(sides) == 1 else "bilateral" for finding, sides in found.items() if "" not in sides
+    }
 
 
 def _entities(row: dict) -> list[Entity]:

@@ -189,6 +189,16 @@ def test_the_script_evaluates_a_split_of_a_manifest(tmp_path, checkpoint, run_ze
     metrics = json.loads((tmp_path / "one" / "metrics.json").read_text())
     assert list(metrics["zero_shot"]["per_class"]) == ["pleural effusion"]
     assert metrics["zero_shot"]["num_images"] == 6 and metrics["zero_shot"]["num_unlisted_is_absent"] == 0
+    one = ("--labels", "effusion", "--output_dir", tmp_path / "mine")
+    (tmp_path / "mine.yaml").write_text("pooling: max_score\nlabels: {effusion: {positive: [Fluid., Wet.]}}\n")
+    run_zero_shot(*shared, *one, "--prompts", tmp_path / "mine.yaml")
+    prompts = json.loads((tmp_path / "mine" / "metrics.json").read_text())["zero_shot"]["prompts"]
+    assert prompts == {"name": "mine", "source": str(tmp_path / "mine.yaml"), "pooling": "max_score"}
+    assert "Prompts: `mine`" in (tmp_path / "mine" / "report.md").read_text()
+    predictions = [(tmp_path / folder / "predictions.csv").read_text() for folder in ("one", "mine")]
+    assert predictions[0] != predictions[1]
+    with pytest.raises(ValueError, match="no prompts 'mien'; expected mmclip, sentence"):
+        run_zero_shot(*shared, *one, "--prompts", "mien")
     with pytest.raises(ValueError, match="unknown label 'effussion'"):
         run_zero_shot(*shared, "--labels", "effussion", "--output_dir", tmp_path / "none")
     with pytest.raises(ValueError, match="no config.json"):

@@ -124,6 +124,14 @@ def test_an_attribute_is_said_as_often_as_asked_and_never_when_not_known():
         assert "left" not in text and "right" not in text
 
 
+def test_a_side_is_said_in_a_sentence_with_one_label_alone(recognizer):
+    known = {"mass": {"side": "left"}}
+    for text in drawn(["mass", "pneumothorax", "goiter"], ["edema", "nodule"], attributes=known):
+        for sentence in text.split(". "):
+            named = [entity.concept for entity in recognizer(sentence) if entity.kind in LABEL_KINDS]
+            assert "left" not in sentence.lower() or named == ["mass"], text
+
+
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [

@@ -2,13 +2,16 @@ import itertools
 
 import numpy as np
 import pytest
+import yaml
 
 from MMCLIP.text.entities import LexiconRecognizer, report_labels
 from MMCLIP.text.prompts import (
     SIDES,
+    WORDS_FILE,
     attribute_nouns,
     has_side,
     label_nouns,
+    make_noun,
     negative_prompts,
     positive_prompts,
     sample_prompt,
@@ -48,8 +51,16 @@ def test_articles_and_verbs_follow_the_noun():
     first = {label: positive_prompts(label)[0] for label in LABELS}
     assert first["bronchiectasis"] == "There is bronchiectasis."
     assert first["endotracheal tube"] == "There is an endotracheal tube."
-    assert first["metastasis"] == "There are lung metastases."
+    assert first["low lung volume"] == "There are low lung volumes."
     assert first["sars"].startswith("There is ")
+    plural = {"Kerley lines", "septic emboli", "bullae", "sequelae of tuberculosis", "opacities in both lungs"}
+    singular = {"ascites", "SARS", "crowding of the bronchovascular markings", "scoliosis", "thymus", "abscess"}
+    assert {phrase for phrase in plural | singular if make_noun(phrase, countable=False).is_plural} == plural
+    articles = {
+        phrase: make_noun(phrase, countable=True).article
+        for phrase in ("old fracture", "ureteral stent", "nodule", "nodules")
+    }
+    assert articles == {"old fracture": "an ", "ureteral stent": "a ", "nodule": "a ", "nodules": ""}
     for label, text in first.items():
         noun = label_nouns(label)[0]
         assert text == f"There {noun.verb} {noun.article}{noun.text}."
@@ -89,7 +100,7 @@ def test_side_and_severity_are_read_as_grammar_wants():
 
 
 def test_what_has_a_side_or_severity_is_a_label_with_words_for_each():
-    assert len(DESCRIBED) >= 30
+    assert len(DESCRIBED) >= 30 and set(yaml.safe_load(WORDS_FILE.read_text())["attributes"]) == set(DESCRIBED)
     for label in DESCRIBED:
         for side, severity in described(label):
             for noun in attribute_nouns(label, side, severity):

@@ -4,6 +4,7 @@ The wording is in prompts.yaml; `prompt_sets.py` has the sets of prompts that ev
 """
 
 import functools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +17,12 @@ from .vocabulary import NO_FINDING, broader_labels, canonical_label, vocabulary
 
 SIDES = ("left", "right", "bilateral")
 _ATTRIBUTES = {"side", "severity"}
-_WORDS = yaml.safe_load(Path(__file__).with_name("prompts.yaml").read_text(encoding="utf-8"))
+WORDS_FILE = Path(__file__).with_name("prompts.yaml")
+_WORDS = yaml.safe_load(WORDS_FILE.read_text(encoding="utf-8"))
 _VOWELS = "aeiouAEIOU"
-_LIKE_YOU = ("uni", "eu", "use", "uro")  # begin with a vowel letter and a consonant sound
+_LIKE_YOU = ("uni", "eu", "use", "uro", "ure")  # begin with a vowel letter and a consonant sound
+_NOT_PLURAL = ("ascites", "obliterans")
+_PREPOSITION = re.compile(r" (?:of|in|on|at|with|to|after|from|due) ")
 
 
 class Noun(NamedTuple):
@@ -34,11 +38,15 @@ class Noun(NamedTuple):
 
 
 def _is_plural(phrase: str) -> bool:
-    last = phrase.split()[-1]
-    return (last.endswith("s") and not last.endswith(("ss", "us", "is"))) and not last.isupper() or last.endswith("ae")
+    """Of the head noun: "Kerley lines", "septic emboli", "sequelae of tuberculosis", but not "crowding of vessels"."""
+    head = _PREPOSITION.split(phrase)[0].split()[-1]
+    if head.isupper() or head in _NOT_PLURAL or head.endswith(("ss", "us", "is")):
+        return False
+    return head.endswith(("s", "ae")) or head == "emboli"
 
 
-def _noun(phrase: str, countable: bool) -> Noun:
+def make_noun(phrase: str, countable: bool) -> Noun:
+    """A phrase of the vocabulary with its article, "a" or "an" where one of it can be counted."""
     is_plural = _is_plural(phrase)
     if is_plural or not countable:
         return Noun(phrase, "", is_plural)
@@ -49,7 +57,7 @@ def _noun(phrase: str, countable: bool) -> Noun:
 def label_nouns(label: str) -> tuple[Noun, ...]:
     """The noun phrases of a canonical label that fit "There is ...", the commonest first."""
     concept = vocabulary()[label]
-    return tuple(_noun(phrase, concept.countable) for phrase in concept.phrases or (concept.name,))
+    return tuple(make_noun(phrase, concept.countable) for phrase in concept.phrases or (concept.name,))
 
 
 def has_side(label: str) -> bool:
@@ -92,7 +100,7 @@ def attribute_nouns(label: str, side: str | None, severity: str | None) -> tuple
             for noun in nouns
             for form in (f"{degree}{side} {noun}", f"{degree}{side}-sided {noun}", f"{degree}{noun} on the {side}")
         ]
-    return tuple(_noun(form, countable)._replace(is_plural=False) for form in forms)
+    return tuple(make_noun(form, countable) for form in forms)
 
 
 def fill_template(template: str, noun: Noun, **names: str) -> str:

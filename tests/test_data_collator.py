@@ -11,13 +11,14 @@ from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
 from MMCLIP.data.augmentation import DRAWS, RadiographAugmentation
 from MMCLIP.data.collator import MMCLIPCollator, group_id
-from MMCLIP.text.entities import LexiconRecognizer, report_labels
+from MMCLIP.text.entities import Entity, LexiconRecognizer, report_labels
+from MMCLIP.text.masking import MASKING_COUNTS
 
 
 # "effusion" is one piece, "pneumothorax" three, "cardiomegaly" two
 PIECES = (
     "[PAD] [UNK] [CLS] [SEP] [MASK] . , - no small left right pleural effusion pneu ##mo ##thorax cardio ##megaly the "
-    "is there of and a seen ##s heart patient walked home today mass"
+    "is there of and a seen ##s heart patient walked home today mass or may represent not edema"
 ).split()
 SPECIAL = {"[PAD]", "[CLS]", "[SEP]", "[MASK]"}
 RECOGNIZER = LexiconRecognizer()
@@ -71,6 +72,17 @@ def sample(text, index=0, image=True, **fields):
         "sample_seed": (0, 0, index),
         **fields,
     }
+
+
+def sample_of(text, *said, index=0):
+    """A text-only sample with entities made by hand, each (words, kind, cue or None)."""
+    entities = []
+    for words, kind, cue in said:
+        start = text.index(words)
+        place = (None, None) if cue is None else (text.index(cue), text.index(cue) + len(cue))
+        assertion = "present" if cue is None else "absent"
+        entities.append(Entity(start, start + len(words), words, kind, assertion, *place))
+    return sample(text, index, image=False, entities=entities, present=[], absent=[])
 
 
 def pieces(ids):
@@ -170,6 +182,140 @@ def test_hidden_positions_and_labels_agree_and_special_tokens_stay():
     assert not SPECIAL & set(pieces(batch["input_ids"][hidden]))
     assert not (hidden & (batch["attention_mask"] == 0)).any()
     assert hidden.any(dim=1).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- the cues
+
+
+def no_list(index):
+    finding = "finding"
+    text = "small left mass. no effusion, edema or cardiomegaly."
+    said = [("effusion", finding, "no"), ("edema", finding, "no"), ("cardiomegaly", finding, "no")]
+    return sample_of(text, ("small", "descriptor", None), ("mass", finding, None), *said, index=index)
+
+
+def test_a_hidden_cue_takes_the_or_of_its_list_along_and_leaves_the_rest_of_the_list():
+    collator = MMCLIPCollator(processor(), 1, mlm_ratio=0.01, mlm_cue_ratio=1.0)
+    seen = set()
+    for index in range(30):
+        found = tuple(hidden_pieces(collator([no_list(index)])))
+        seen.add(found)
+    assert seen == {
+        ("small",), ("mass",), ("no", "effusion", "or"), ("no", "edema", "or"), ("no", "or", "cardio", "##megaly"),
+    }  # fmt: skip
+
+
+def test_a_cue_behind_its_list_is_hidden_like_one_before_it():
+    said = [("effusion", "finding", "not seen"), ("mass", "finding", "not seen")]
+    text = "heart and home. effusion or mass is not seen today or home."
+    collator = MMCLIPCollator(processor(), 1, mlm_ratio=0.01, mlm_cue_ratio=1.0)
+    seen = {tuple(hidden_pieces(collator([sample_of(text, *said, index=index)]))) for index in range(10)}
+    assert seen == {("effusion", "or", "not", "seen"), ("or", "mass", "not", "seen")}, "one or stands outside"
+
+
+def test_an_and_inside_another_entity_stays_when_it_stays():
+    said = [("heart and home", "anatomy", None), ("effusion", "finding", "no")]
+    text = "no heart and home and effusion."
+    collator = MMCLIPCollator(processor(), 1, mlm_kinds=("finding",), mlm_cue_ratio=1.0)
+    ids = collator([sample_of(text, *said)])["input_ids_masked"][0]
+    assert pieces(ids) == "[CLS] [MASK] heart and home [MASK] [MASK] . [SEP]".split()
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.7])
+def test_the_share_of_hidden_cues_is_the_one_asked_for_and_a_shared_cue_is_drawn_once(ratio):
+    with_cues = MMCLIPCollator(processor(), 1, mlm_ratio=0.6, mlm_cue_ratio=ratio, count_masks=True)
+    counts = with_cues([no_list(index) for index in range(700)])["masking_counts"].sum(dim=0).tolist()
+    counts = dict(zip(MASKING_COUNTS, counts, strict=True))
+    assert counts["hidden_entities"] == 3 * 700
+    assert counts["hidden_entities_with_cue"] == pytest.approx(0.6 * 3 * 700, rel=0.03)  # 3 of the 5 have a cue
+    share = counts["hidden_entities_with_hidden_cue"] / counts["hidden_entities_with_cue"]
+    assert share == pytest.approx(ratio, abs=0.05)  # about three standard errors
+
+
+def test_entities_hidden_do_not_depend_on_the_cues_and_no_cue_is_hidden_at_ratio_zero():
+    plain = MMCLIPCollator(processor(), 1)
+    off = MMCLIPCollator(processor(), 1, mlm_cue_ratio=0.0)
+    some = MMCLIPCollator(processor(), 1, mlm_cue_ratio=0.5)
+    more = 0
+    for index in range(30):
+        batches = [collator([no_list(index), no_list(index + 100)]) for collator in (plain, off, some)]
+        assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
+        first, _, last = (hidden_pieces(batch) for batch in batches)
+        assert not {"no", "or"} & set(first)
+        assert [piece for piece in last if piece not in ("no", "or")] == first
+        more += first != last
+        assert torch.equal(batches[0]["mim_noise"], batches[2]["mim_noise"])
+    assert 5 < more < 25
+
+
+def test_two_cues_of_one_text_are_drawn_apart():
+    said = [("effusion", "finding", "no"), ("mass", "finding", "may represent")]
+    text = "no effusion. edema may represent mass."
+    collator = MMCLIPCollator(processor(), 1, mlm_ratio=1.0, mlm_cue_ratio=0.5)
+    found = [set(hidden_pieces(collator([sample_of(text, *said, index=index)]))) for index in range(30)]
+    assert {("no" in pieces_, "may" in pieces_) for pieces_ in found} == {
+        (False, False), (False, True), (True, False), (True, True),
+    }  # fmt: skip
+    assert all(("may" in pieces_) == ("represent" in pieces_) for pieces_ in found)
+
+
+def test_a_cue_that_was_cut_off_is_neither_hidden_nor_counted():
+    said = [("effusion", "finding", "not seen")]
+    collator = MMCLIPCollator(processor(), 1, mlm_cue_ratio=1.0, max_length=6, count_masks=True)
+    batch = collator([sample_of("the effusion is not seen.", *said)])  # keeps "the effusion is not"
+    assert hidden_pieces(batch) == ["effusion"]
+    assert batch["masking_counts"].tolist() == [[1, 4, 1, 1, 1, 0, 0]]
+
+
+def test_random_words_make_up_for_hidden_cues_too():
+    said = [("effusion", "finding", "may represent")]
+    text = "the patient walked home and there may represent effusion."
+    for ratio, least in ((0.0, 1), (1.0, 3)):
+        collator = MMCLIPCollator(processor(), 1, mlm_masking="random", mlm_cue_ratio=ratio)
+        for index in range(10):
+            assert len(hidden_pieces(collator([sample_of(text, *said, index=index)]))) == least
+
+
+# ----------------------------------------------------------------------------------------------------- kinds and counts
+
+
+def test_only_the_kinds_asked_for_are_hidden_where_the_text_has_any():
+    left = ("left", "descriptor", None)
+    text = "the left heart is small and there is a mass."
+    said = [left, ("heart", "anatomy", None), ("small", "descriptor", None), ("mass", "finding", None)]
+
+    def hidden(kinds, said=said):
+        collator = MMCLIPCollator(processor(), 1, mlm_ratio=0.5, mlm_kinds=kinds)
+        return {tuple(hidden_pieces(collator([sample_of(text, *said, index=index)]))) for index in range(40)}
+
+    assert hidden(("finding", "disease")) == {("mass",)}, "half of one is one"
+    assert hidden(("descriptor",)) == {("left",), ("small",)}
+    assert len(hidden(())) == 6, "two of four"
+    assert hidden(("finding",), said=[left]) == {("left",)}, "an entity of another kind before a word like any other"
+
+
+def test_counts_are_those_of_each_text():
+    collator = MMCLIPCollator(processor(), 1, mlm_ratio=0.5, mlm_cue_ratio=1.0, count_masks=True)
+    samples = [
+        sample_of("no effusion or mass.", ("effusion", "finding", "no"), ("mass", "finding", "no")),
+        sample_of("left pneumothorax.", ("pneumothorax", "disease", None)),
+        sample_of("the patient walked home."),
+    ]
+    batch = collator(samples)
+    assert [dict(zip(MASKING_COUNTS, row, strict=True)) for row in batch["masking_counts"].tolist()] == [
+        {"texts": 1, "tokens": 5, "hidden_tokens": 3, "texts_with_entity": 1, "hidden_entities": 1,
+         "hidden_entities_with_cue": 1, "hidden_entities_with_hidden_cue": 1},
+        {"texts": 1, "tokens": 5, "hidden_tokens": 3, "texts_with_entity": 1, "hidden_entities": 1,
+         "hidden_entities_with_cue": 0, "hidden_entities_with_hidden_cue": 0},
+        {"texts": 1, "tokens": 5, "hidden_tokens": 1, "texts_with_entity": 0, "hidden_entities": 0,
+         "hidden_entities_with_cue": 0, "hidden_entities_with_hidden_cue": 0},
+    ]  # fmt: skip
+    assert ((batch["mlm_labels"] != -100).sum(dim=1) == batch["masking_counts"][:, 2]).all()
+    plain = MMCLIPCollator(processor(), 1, mlm_ratio=0.5, mlm_cue_ratio=1.0)(samples)
+    assert batch.keys() - plain.keys() == {"masking_counts"}
+
+
+# ------------------------------------------------------------------------------------------------------ the entity mask
 
 
 def test_entity_mask_marks_what_is_there_and_not_what_is_absent_or_where():
@@ -289,6 +435,9 @@ def test_mistakes_are_errors_when_the_collator_is_made():
 
     fails("mlm_masking is 'words'", mlm_masking="words")
     fails("mlm_ratio is 0", mlm_ratio=0)
+    fails("mlm_kinds: unknown kind 'findings', expected some of finding, disease", mlm_kinds=("disease", "findings"))
+    fails("mlm_cue_ratio is 1.5", mlm_cue_ratio=1.5)
+    fails("mlm_cue_ratio is -0.1", mlm_cue_ratio=-0.1)
     fails("num_patches is 0", num_patches=0)
     fails("prompt_labels: unknown label 'masss'", prompt_labels=("masss",))
     fails("give max_length", tokenizer=bert_tokenizer(max_length=int(1e30)))

@@ -22,6 +22,7 @@ from MMCLIP.data.augmentation import RadiographAugmentation
 from MMCLIP.data.collator import MMCLIPCollator
 from MMCLIP.data.dataset import COLLATOR_STREAM, MMCLIPDataset, sample_generator
 from MMCLIP.data.phantom import phantom_dataset
+from MMCLIP.text.masking import MASKING_COUNTS, masking_rates
 from MMCLIP.training.arguments import MMCLIPTrainingArguments
 from MMCLIP.training.trainer import MMCLIPTrainer, _SetEpoch
 
@@ -65,12 +66,14 @@ def load_script():
 
 
 class RecordingTrainer(MMCLIPTrainer):
-    """Keeps what each step was given to draw its masked patches from."""
+    """Keeps what each step was given to draw its masked patches from, and what was hidden of its texts."""
 
     seen: list[np.ndarray] = []
+    counts: list[np.ndarray] = []
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         self.seen.append(inputs["mim_noise"].numpy().copy())
+        self.counts.append(inputs["masking_counts"].sum(dim=0).numpy())
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
@@ -80,7 +83,7 @@ def run(folder: Path, *words: str, **changes) -> tuple[Path, list[list[tuple[int
     (folder / "run.yaml").write_text(yaml.safe_dump({**CONFIG, **changes}), encoding="utf-8")
     script = load_script()
     script.MMCLIPTrainer = RecordingTrainer
-    RecordingTrainer.seen = []
+    RecordingTrainer.seen, RecordingTrainer.counts = [], []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["run_pretrain.py", str(folder / "run.yaml"), "--output_dir", str(folder), *words])
         script.main()
@@ -158,6 +161,43 @@ def test_a_branch_of_weight_zero_is_not_logged_and_the_others_carry_their_weight
         assert {name for name in entry if name.startswith("loss_")} == {"loss_contrastive", "loss_mlm", "loss_prompt"}
         total = entry["loss_contrastive"] + 0.5 * entry["loss_mlm"] + entry["loss_prompt"]
         assert total == pytest.approx(entry["loss"], abs=1e-3)
+
+
+def rates_of(entry: dict) -> dict:
+    return {name: value for name, value in entry.items() if name.startswith("mlm_")}
+
+
+def test_the_rates_of_masking_are_those_of_all_texts_since_the_last_log(unbroken, tmp_path):
+    changes = {"mlm_cue_ratio": 0.5, "mlm_kinds": ["finding", "disease"], "max_steps": 4, "save_strategy": "no"}
+    folder, _ = run(tmp_path, logging_steps=2, **changes)
+    entries = [entry for entry in log_of(folder) if "loss" in entry]
+    assert len(entries) == 2 and len(RecordingTrainer.counts) == 4
+    for entry, counts in zip(entries, (RecordingTrainer.counts[:2], RecordingTrainer.counts[2:]), strict=True):
+        totals = dict(zip(MASKING_COUNTS, sum(counts).tolist(), strict=True))
+        assert totals["texts"] == 2 * BATCH_SIZE and 0 < totals["hidden_entities_with_cue"] <= totals["hidden_entities"]
+        assert rates_of(entry) == pytest.approx(masking_rates(totals), abs=1e-4)
+        assert 0 < entry["mlm_token_ratio"] < 1 and len(rates_of(entry)) == 4
+    every_kind = [rates_of(entry) for entry in log_of(unbroken[0]) if "loss" in entry]
+    assert all("mlm_hidden_cue_ratio" not in rates for rates in every_kind), "off, so that nothing is counted"
+    entities = [
+        sum(rates["mlm_entities_per_text"] for rates in every_kind[:2]) / 2,
+        entries[0]["mlm_entities_per_text"],
+    ]
+    assert entities[1] < entities[0], "the same texts have sides and organs too"
+
+
+def test_without_entmlm_no_rate_is_logged_and_in_evaluation_none_is_summed(tmp_path):
+    folder, _ = run(tmp_path, "--max_steps", "1", mlm_weight=0, save_strategy="no")
+    assert [rates_of(entry) for entry in log_of(folder) if "loss" in entry] == [{}]
+    trainer = make_trainer(tmp_path)
+    trainer.data_collator.count_masks = True
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(3)])
+    trainer.model.eval()
+    trainer.compute_loss(trainer.model, dict(batch))
+    assert trainer._masking_counts is None
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, dict(batch))
+    assert torch.equal(trainer._masking_counts, batch["masking_counts"].sum(dim=0))
 
 
 def test_the_prompt_and_augmentation_streams_move_on_with_each_epoch(unbroken):
@@ -454,6 +494,7 @@ def test_a_run_of_two_processes_trains_and_tells_it_once(tmp_path):
     assert {f"loss_{name}" for name in LOSSES} <= set(steps[0])
     for entry in steps:
         assert sum(entry[f"loss_{name}"] for name in LOSSES) == pytest.approx(entry["loss"], abs=2e-3)
+        assert 0 < entry["mlm_token_ratio"] < 1 and 0 < entry["mlm_entity_text_ratio"] <= 1
     assert said.count("'loss_contrastive'") == STEPS_PER_EPOCH, "each log line once"
     assert said.count("'eval_macro_auroc'") == 2
     assert said.count("rows to train on") == 1

@@ -62,7 +62,7 @@ class MMCLIPTrainer(Trainer):
         outputs = model(**inputs)
         for name, value in outputs.loss_info.items():
             self._loss_sums[name] += value  # stays on the device: reading it here would wait for every step
-        if counts is not None and "mlm" in outputs.loss_info:
+        if counts is not None and model.training and "mlm" in outputs.loss_info:
             counts = counts.sum(dim=0)  # (7,), stays on the device too
             self._masking_counts = counts if self._masking_counts is None else self._masking_counts + counts
         self._num_losses += 1

@@ -424,9 +424,11 @@ def test_padchest_names_that_only_suggest_a_finding_make_it_uncertain(tmp_path):
         ["2.png", 0, *film, "['alveolar pattern', 'consolidation']"],
         ["3.png", 0, *film, "['volume loss']"],
         ["4.png", 0, *film, "['bone metastasis']"],
+        ["5.png", 0, *film, "['respiratory distress']"],
     )
     rows, problems = read("padchest", tmp_path)
-    assert labels(rows["1.png"]) == {"present": ["pleural abnormality"], "uncertain": ["pleural effusion"]}
+    assert labels(rows["1.png"]) == {"present": ["costophrenic angle blunting"], "uncertain": ["pleural effusion"]}
     assert labels(rows["2.png"]) == {"present": ["lung opacity", "consolidation"]}
-    assert labels(rows["4.png"]) == {"present": ["bone lesion"]}
-    assert [reason for _, reason in problems] == [LEFT_OUT + "no label that is certain: volume loss"]
+    assert labels(rows["3.png"]) == {"present": ["volume loss"], "uncertain": ["atelectasis"]}
+    assert labels(rows["4.png"]) == {"present": ["bone metastasis"]}
+    assert [reason for _, reason in problems] == [LEFT_OUT + "no label that is certain: respiratory distress"]

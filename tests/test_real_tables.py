@@ -164,6 +164,8 @@ def test_padchest_table_has_the_published_images_projections_and_labels():
     }  # fmt: skip
     assert methods == {"Physician": 39_053, "RNN_model": 121_808}
     assert (len(raw), len(stripped)) == (350, 194)
+    listed = (Path(__file__).parent / "padchest_labels.txt").read_text(encoding="utf-8").splitlines()
+    assert {"", *listed} == set(stripped)
     assert raw.most_common(6) == [
         ("normal", 50_340), ("COPD signs", 23_280), ("cardiomegaly", 14_535), ("unchanged", 14_207),
         ("aortic elongation", 10_348), ("scoliosis", 7_795),

@@ -11,29 +11,19 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...text.vocabulary import NO_FINDING
+from ...text.vocabulary import NO_FINDING, has_no_concept
 from ..manifest import make_row
 from .tables import LEFT_OUT, VIEWS, Report, Unique, find_file, labels_of, raise_problem, read_table
 
 
-# say nothing about what the film shows (or that it shows nothing new), or are normal variants
-IGNORED = frozenset(
-    "unchanged|suboptimal study|nipple shadow|end on vessel|pseudonodule|azygos lobe|cervical rib|obesity|"
-    "major fissure thickening|minor fissure thickening|fissure thickening|azygoesophageal recess shift|"
-    "lipomatosis|mediastinic lipomatosis|surgery|surgery neck|surgery breast|bronchovascular markings|"
-    "electrical device|abnormal foreign body|external foreign body|bone cement|metal|prosthesis|endoprosthesis".split(
-        "|"
-    )
-)
 # name -> (present, uncertain), where a name says less, or something else, than the label it reminds of
 MEANINGS = {
     "alveolar pattern": (["lung opacity"], ["consolidation"]),
-    "bone metastasis": (["bone lesion"], []),
-    "costophrenic angle blunting": (["pleural abnormality"], ["pleural effusion"]),
-    "lung vascular paucity": ([], ["hyperinflation"]),
+    "costophrenic angle blunting": (["costophrenic angle blunting"], ["pleural effusion"]),
+    "lung vascular paucity": (["pulmonary oligemia"], ["hyperinflation"]),
     "respiratory distress": ([], ["ards"]),
-    "tuberculosis sequelae": (["scarring"], ["tuberculosis"]),
-    "volume loss": ([], ["atelectasis"]),
+    "tuberculosis sequelae": (["tuberculosis sequelae"], ["tuberculosis"]),
+    "volume loss": (["volume loss"], ["atelectasis"]),
 }
 _TABLES = ("PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv", "PADCHEST_chest_x_ray_images_labels_160K.csv")
 
@@ -47,7 +37,7 @@ def padchest_rows(
     "none" there is no test part: every film is for preparation to share out by patient.
 
     Only what is listed is known: a finding that is not listed is unknown, and "normal" is "no finding". Rows without
-    labels, with "exclude", and with none but those of `IGNORED` go to `report_problem`.
+    labels, with "exclude", and with none but those without a concept go to `report_problem`.
     """
     if method not in ("physician", "all"):
         raise ValueError(f"method is {method!r}, expected 'physician' or 'all'.")
@@ -81,7 +71,7 @@ def padchest_rows(
         if found is None:
             report_problem(where, f"`Labels` is {record['Labels']!r}, expected a list such as ['normal']")
             continue
-        usable = [label for label in found if label and label not in IGNORED]
+        usable = [label for label in found if not has_no_concept(label)]
         if not usable or "exclude" in found:
             names = ", ".join(filter(None, found)) or "none at all"
             report_problem(where, f"{LEFT_OUT}no label that says what the film shows: {names}")

@@ -11,13 +11,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...text.vocabulary import NO_FINDING, canonical_label
+from ...text.vocabulary import NO_FINDING, canonical_label, has_no_concept
 from ..manifest import make_row
 from .tables import Report, complete_labels, find_file, labels_of, raise_problem, read_table
 
 
 NUM_READERS = 3
-IGNORED = ("Other lesion", "Other diseases", "Other disease")  # name no finding
 LOCAL = (
     "Aortic enlargement", "Atelectasis", "Calcification", "Cardiomegaly", "Clavicle fracture", "Consolidation", "Edema",
     "Emphysema", "Enlarged PA", "ILD", "Infiltration", "Lung Opacity", "Lung cavity", "Lung cyst", "Mediastinal shift",
@@ -104,7 +103,7 @@ def _boxes(table: Path, report_problem: Report) -> dict[str, list[dict]]:
     columns = ["image_id", "class_name", "x_min", "y_min", "x_max", "y_max"]
     boxes = defaultdict(list)
     for where, record in read_table(table, columns, report_problem=report_problem):
-        if record["x_min"] and record["class_name"] not in IGNORED:
+        if record["x_min"] and not has_no_concept(record["class_name"]):
             _add_box(boxes, where, record, report_problem)
     return boxes
 
@@ -127,7 +126,7 @@ def _kaggle_votes(table: Path, report_problem: Report) -> tuple[dict[str, tuple[
     columns = ["image_id", "class_name", "rad_id", "x_min", "y_min", "x_max", "y_max"]
     for where, record in read_table(table, columns, report_problem=report_problem):
         found = seen[record["image_id"]][record["rad_id"]]
-        if record["class_name"] in IGNORED:
+        if has_no_concept(record["class_name"]):
             continue
         if record["class_name"] not in (*KAGGLE, "No finding"):
             report_problem(where, f"unknown `class_name` {record['class_name']!r}")

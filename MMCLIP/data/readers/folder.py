@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...text.reports import clean_report, report_sections
+from ...text.reports import clean_report, report_sections, report_text
 from ..manifest import make_row
 from .tables import VIEWS, Report, decode_text, raise_problem
 
@@ -40,8 +40,8 @@ def folder_rows(folder: str | os.PathLike, *, report_problem: Report = raise_pro
             continue
         raw = decode_text(report_path.read_bytes())
         sections = report_sections(raw)
-        chosen = [sections[key] for key in ("findings", "impression") if key in sections] or [raw]
-        report = clean_report("\n\n".join(chosen))
+        sections.pop("last_paragraph", None)  # a report of one's own may be plain text from its first line
+        report = report_text(sections) or clean_report(raw)
         if not report:
             report_problem(str(report_path), "the report is empty")
             continue

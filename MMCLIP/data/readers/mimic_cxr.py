@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ...text.reports import clean_report, report_sections
+from ...text.reports import TEXTS, report_sections, report_text
 from ..manifest import make_row
 from .tables import (
     LEFT_OUT,
@@ -32,13 +32,7 @@ LABELS = (
     "Lung Opacity", "No Finding", "Pleural Effusion", "Pleural Other", "Pneumonia", "Pneumothorax", "Support Devices",
 )  # fmt: skip
 SPLITS = {"train": "train", "validate": "val", "test": "test"}
-TEXTS = {  # option `text` -> sections, joined in this order; the second line where none of the first is there
-    "findings+impression": (("findings", "impression"), ("last_paragraph",)),
-    "impression": (("impression",),),
-    "impression or findings": (("impression",), ("findings",), ("last_paragraph",)),
-    "findings": (("findings",),),
-    "none": (),  # reports are not looked for, every row is unpaired
-}
+NO_TEXT = "none"  # reports are not looked for, every row is unpaired
 _NO_LABELS: dict[str, list[str]] = {"present": [], "absent": [], "uncertain": []}
 
 
@@ -53,13 +47,13 @@ def mimic_cxr_rows(
     """Paired rows, one an image, with the report of its study and the study's labels.
 
     `labels`: "chexpert" or "negbio", the labeller; for the studies of `mimic-cxr-2.1.0-test-set-labeled.csv`, where it
-    is there, the radiologist's labels instead. `text`: one of `TEXTS`. An image whose study has no such text is
-    unpaired if it has labels, else it is left out.
+    is there, the radiologist's labels instead. `text`: one of `TEXTS` in `MMCLIP/text/reports.py`, or "none": no report
+    is looked for. An image whose study has no such text is unpaired if it has labels, else it is left out.
     """
     if labels not in ("chexpert", "negbio"):
         raise ValueError(f"labels is {labels!r}, expected 'chexpert' or 'negbio'.")
-    if text not in TEXTS:
-        raise ValueError(f"text is {text!r}, expected one of {', '.join(TEXTS)}.")
+    if text not in (*TEXTS, NO_TEXT):
+        raise ValueError(f"text is {text!r}, expected one of {', '.join((*TEXTS, NO_TEXT))}.")
     folder = Path(folder)
     report_folder = Path(reports) if reports else folder
     splits = {r["dicom_id"]: r["split"] for _, r in _table(folder, "split", ["dicom_id", "split"], report_problem)}
@@ -123,13 +117,13 @@ def _study_labels(folder: Path, labeller: str, report_problem: Report) -> dict[s
 
 def _texts(folder: Path, text: str, report_problem: Report) -> Callable[[str], str]:
     """`files/p10/p10000032/s50414267` -> text of that study, "" where it has none, from whichever form is there."""
-    if not TEXTS[text]:
+    if text == NO_TEXT:
         return lambda place: ""
     table = find_optional(folder, "mimic_cxr_sectioned.csv", "mimic-cxr-sections/mimic_cxr_sectioned.csv")
     if table is not None:
-        columns = ["study", "impression", "findings", "last_paragraph"]
+        columns = ["study", "impression", "findings", "last_paragraph", "comparison"]
         records = read_table(table, columns, report_problem=report_problem)
-        texts = {record["study"].removeprefix("s"): _join(record, text) for _, record in records}
+        texts = {record["study"].removeprefix("s"): report_text(record, text) for _, record in records}
         return lambda place: texts.get(place.rpartition("/s")[2], "")
     if (folder / "mimic-cxr-reports.zip").is_file():
         archive = zipfile.ZipFile(folder / "mimic-cxr-reports.zip")
@@ -150,12 +144,4 @@ def _texts(folder: Path, text: str, report_problem: Report) -> Callable[[str], s
 
 
 def _sections(data: bytes, text: str) -> str:
-    return _join(report_sections(decode_text(data)), text)
-
-
-def _join(sections: dict[str, str], text: str) -> str:
-    for names in TEXTS[text]:
-        parts = [clean_report(sections.get(name) or "") for name in names]
-        if any(parts):
-            return " ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in parts if part)
-    return ""
+    return report_text(report_sections(decode_text(data)), text)

@@ -15,13 +15,12 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...text.reports import clean_report
+from ...text.reports import TEXTS, report_text
 from ..manifest import make_row
 from .tables import LEFT_OUT, Report, Unique, find_file, find_optional, labels_of, raise_problem, read_table
 
 
 logger = logging.getLogger(__name__)
-TEXTS = ("findings+impression", "findings", "impression", "longer")
 VIEWS = {"Frontal": "", "Lateral": "LATERAL"}  # frontal is PA or AP, which the table does not say
 # the 18 classes that are scored on this set, by the words of the automatic index; others are left to the report
 AUTOMATIC = {
@@ -54,7 +53,7 @@ OTHERS = ("pericardial effusion", "subcutaneous emphysema", "cystic fibrosis", "
 def openi_rows(
     folder: str | os.PathLike, *, report_problem: Report = raise_problem, text: str = "findings+impression"
 ) -> Iterator[dict]:
-    """One row an image, its report paired with each view; `text` is one of `TEXTS` ("longer": of the two sections).
+    """One row an image, its report paired with each view; `text` is one of `TEXTS` in `MMCLIP/text/reports.py`.
 
     A report without the sections that were asked for, and one without an image, goes to `report_problem`. Present are
     the classes of `AUTOMATIC` that the automatic index names (of the Kaggle version, `Problems`), and "no finding"
@@ -70,7 +69,7 @@ def openi_rows(
         if unique.seen(uid):
             report_problem(where, f"report {uid!r} occurs twice")
             continue
-        report = _report(sections, text)
+        report = report_text(sections, text)
         if not report:
             report_problem(where, f"{LEFT_OUT}the report has no {text}")
             continue
@@ -99,14 +98,6 @@ def openi_rows(
             )
 
 
-def _report(sections: dict[str, str], text: str) -> str:
-    findings, impression = (clean_report(sections.get(name) or "") for name in ("findings", "impression"))
-    if text == "longer":
-        return max(findings, impression, key=len)
-    chosen = {"findings": [findings], "impression": [impression]}.get(text, [findings, impression])
-    return " ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in chosen if part)
-
-
 def xml_studies(folder: Path, report_problem: Report) -> Iterator[tuple]:
     """(where, uId, sections, index terms, [(file, view) of each image]) of every report of the original."""
     places = [*folder.glob("*.png"), *folder.glob("images/*.png"), *folder.glob("NLMCXR_png/*.png")]
@@ -125,7 +116,15 @@ def xml_studies(folder: Path, report_problem: Report) -> Iterator[tuple]:
         except (ElementTree.ParseError, AttributeError) as error:
             report_problem(where, f"not a report of Open-i: {error}")
             continue
-        sections = {e.get("Label", "").lower(): e.text for e in root.iter("AbstractText")}
+        sections: dict[str, str] = {}
+        for e in root.iter("AbstractText"):
+            name, body = (
+                e.get("Label", "").strip().lower(),
+                "".join(e.itertext()).strip(),
+            )  # with what <sup> and such hold
+            sections[name] = (
+                f"{sections[name]}\n\n{body}" if sections.get(name) and body else sections.get(name) or body
+            )
         terms = [(e.text or "").strip().lower() for e in root.iter("automatic")]
         if not terms:
             terms = [term for e in root.iter("major") if (term := (e.text or "").strip().lower()) == "normal"]

@@ -207,10 +207,10 @@ def test_a_hidden_cue_takes_the_or_of_its_list_along_and_leaves_the_rest_of_the_
 
 def test_a_cue_behind_its_list_is_hidden_like_one_before_it():
     said = [("effusion", "finding", "not seen"), ("mass", "finding", "not seen")]
-    text = "heart and home. effusion or mass is not seen today or home."
+    text = "heart and home. effusion or mass or today is not seen there or home."
     collator = MMCLIPCollator(processor(), 1, mlm_ratio=0.01, mlm_cue_ratio=1.0)
     seen = {tuple(hidden_pieces(collator([sample_of(text, *said, index=index)]))) for index in range(10)}
-    assert seen == {("effusion", "or", "not", "seen"), ("or", "mass", "not", "seen")}, "one or stands outside"
+    assert seen == {("effusion", "or", "or", "not", "seen"), ("or", "mass", "or", "not", "seen")}, "one or is outside"
 
 
 def test_an_and_inside_another_entity_stays_when_it_stays():
@@ -329,6 +329,7 @@ def test_entity_mask_of_a_text_that_names_nothing_present_is_every_ordinary_toke
 
 
 def test_entity_that_was_cut_off_is_left_alone_and_one_warning_is_given(caplog):
+    logging.Logger.warning_once.cache_clear()  # transformers' own: another test may have cut texts to that length
     text = "Mass and left pneumothorax."  # [CLS] mass and left pneu ##mo ##thorax . [SEP]
     collator = MMCLIPCollator(processor(), 1, mlm_ratio=1.0, max_length=7)  # keeps pneu ##mo
     with caplog.at_level(logging.WARNING):

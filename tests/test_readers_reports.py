@@ -129,6 +129,8 @@ def test_trap_6_mimic_cxr_radiologist_labels_call_a_column_otherwise_and_win(tmp
         ("impression", "No mass.", "Edema, as on."),
         ("impression or findings", "No mass.", "Edema, as on."),
         ("findings", "Lungs are clear.", None),
+        ("longer", "Lungs are clear.", "Edema, as on."),
+        ("mimic-cxr", "No mass.", "Edema, as on."),
         ("none", None, None),
     ],
 )
@@ -160,6 +162,16 @@ def test_mimic_cxr_reports_in_every_form_give_the_same_rows(tmp_path):
     assert same(tmp_path / "table")
     mimic(tmp_path / "elsewhere", reports={})
     assert same(tmp_path / "elsewhere", reports=str(tmp_path / "unpacked"))
+
+
+def test_mimic_cxr_order_of_the_published_code_ends_with_the_comparison(tmp_path):
+    table = mimic(tmp_path, reports={}) / "mimic_cxr_sectioned.csv"
+    header = ["study", "impression", "findings", "last_paragraph", "comparison"]
+    write_table(table, header, ["s50000002", "", "", "", "Edema since ___"])
+    assert read("mimic-cxr", tmp_path, text="mimic-cxr")[0]["bbbbbbbb-1"]["report"] == "Edema since."
+    assert read("mimic-cxr", tmp_path)[0]["bbbbbbbb-1"]["report"] is None
+    write_table(table, header[:4], ["s50000002", "", "", "Edema"])  # copies go about without the column
+    assert read("mimic-cxr", tmp_path, text="mimic-cxr")[0]["bbbbbbbb-1"]["report"] == "Edema."
 
 
 def test_mimic_cxr_without_its_reports_is_an_error_that_says_where_they_are(tmp_path):
@@ -242,6 +254,16 @@ def test_openi_reports_are_paired_with_each_film_and_the_index_gives_labels(tmp_
     assert "not a report of Open-i" in reasons[2]
 
 
+def test_openi_section_in_two_parts_or_with_mark_up_inside_is_read_whole(tmp_path):
+    text = openi_xml(1, "Mass &lt;5 cm<sup>2</sup> seen", "Edema", ["Mass"], (), ["CXR1_1_IM-0001-3001"])
+    more = '<AbstractText Label="IMPRESSION">Scar</AbstractText><AbstractText Label="FINDINGS"/></Abstract>'
+    path = tmp_path / "ecgen-radiology" / "1.xml"
+    path.parent.mkdir()
+    path.write_text(text.replace("</Abstract>", more))
+    (row,) = read("openi", tmp_path)[0].values()
+    assert row["report"] == "Mass <5 cm2 seen. Edema. Scar."
+
+
 def test_openi_archive_dicom_files_and_projections_are_read(tmp_path, caplog):
     rows, _ = read("openi", openi(tmp_path / "a"))
     assert "nobody knows which films are lateral" in caplog.text and {row["view"] for row in rows.values()} == {""}
@@ -283,6 +305,24 @@ def test_openi_of_kaggle_has_projections_and_problems(tmp_path):
     assert longer["1_a.dcm.png"]["report"] == "Lungs are clear and well."
 
 
+def test_openi_of_kaggle_with_quoted_fields_over_several_lines_is_read(tmp_path):
+    write_table(
+        tmp_path / "indiana_reports.csv",
+        ["uid", "MeSH", "Problems", "image", "indication", "comparison", "findings", "impression"],
+        ["1", "", "", "", "", "", 'XXXX "clear" lungs, XXXX.\nNo XXXX, mass..', "1. No edema\n2. Scar ."],
+        ["2", "", "", "", "", "", "XXXX.", ""],
+        encoding="utf-8-sig",
+    )
+    write_table(tmp_path / "indiana_projections.csv", "uid,filename,projection", "1,a.png,Frontal", "2,b.png,Frontal")
+    rows, problems = read("openi", tmp_path)
+    assert {name: row["report"] for name, row in rows.items()} == {
+        "a.png": '"clear" lungs. No mass. 1. No edema. 2. Scar.'
+    }
+    assert [reason for _, reason in problems] == [LEFT_OUT + "the report has no findings+impression"]
+    with pytest.raises(ValueError, match="text is 'all', expected one of findings"):
+        list(source_rows("openi", tmp_path, text="all"))
+
+
 # ----------------------------------------------------------------------------------------------------- folder and DICOM
 
 
@@ -313,6 +353,9 @@ def test_folder_takes_patient_study_and_view_from_dicom_and_the_report_from_besi
     (tmp_path / "b/1.2.840.77.txt").write_bytes("Ödem rechts, 3 µm".encode("latin-1"))
     draw(tmp_path / "c.png", tmp_path / "d.png", tmp_path / "e.png")
     (tmp_path / "c.txt").write_text("No mass")
+    draw(tmp_path / "g.png", tmp_path / "h.png")
+    (tmp_path / "g.txt").write_text("Findings\nNo edema\n\nImpression\nMass\n\nSigned by: Dr. A. Bee")
+    (tmp_path / "h.txt").write_text("Chest X-ray\n\nMass\nNo edema")
     (tmp_path / "e.txt").write_text(" ___ ")
     (tmp_path / "f.dcm").write_text("no DICOM")
     (tmp_path / "f.txt").write_text("Mass.")
@@ -321,7 +364,8 @@ def test_folder_takes_patient_study_and_view_from_dicom_and_the_report_from_besi
     rows, problems = read("folder", tmp_path)
     check_rows(rows_to_dataset(rows.values()))
     assert {name: row["report"] for name, row in rows.items()} == {
-        "a/film.dcm": "Clear. Normal.", "b/1.2.840.77": "Ödem rechts, 3 µm", "c.png": "No mass"
+        "a/film.dcm": "Clear. Normal.", "b/1.2.840.77": "Ödem rechts, 3 µm", "c.png": "No mass",
+        "g.png": "No edema. Mass.", "h.png": "Chest X-ray. Mass. No edema",
     }  # fmt: skip
     assert [rows["a/film.dcm"][key] for key in ("patient_id", "study_id", "view")] == ["P7", "1.2.3", "AP"]
     assert (rows["b/1.2.840.77"]["view"], rows["c.png"]["view"]) == ("LATERAL", "")

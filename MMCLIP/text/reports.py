@@ -17,11 +17,12 @@ from .sentences import SECTION_NAMES, is_all_capitals, split_sentences
 TEXTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "findings+impression": (("findings", "impression"), ("last_paragraph",)),
     "impression": (("impression",),),
-    # the order of the code that was published with MIMIC-CXR
-    "impression or findings": (("impression",), ("findings",), ("last_paragraph",), ("comparison",)),
+    "impression or findings": (("impression",), ("findings",), ("last_paragraph",)),
     "findings": (("findings",),),
     # of the two, as CXR-CLIP does for retrieval on Open-i
     "longer": (("findings", "impression"),),
+    # the order of the code published with MIMIC-CXR; a comparison is often no more than "None."
+    "mimic-cxr": (("impression",), ("findings",), ("last_paragraph",), ("comparison",)),
 }
 
 

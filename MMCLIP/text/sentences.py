@@ -58,7 +58,7 @@ _CANDIDATE = re.compile("[.!?\u2026]+|[;:\n\r\u2022]|\\)(?=\\s)")
 _NON_BLANK = re.compile(r"\S")
 _LIST_NUMBER = re.compile(r"\(?\d{1,2}[.)](?!\d)")
 _LIST_ITEM = re.compile(r"[-*\u2022\u2013]\s+(?=\S)|\(?\d{1,2}[.)]\s*(?=[^\W\d_])")
-_NEW_SENTENCE = re.compile(r"[A-Z](?:[A-Za-z]|\s)|\d{1,2}[.)]\s")
+_NEW_SENTENCE = re.compile(r"[A-Z](?:[A-Za-z]|\s)|\d{1,2}[.)](?:\s|[A-Z][a-z])")
 _HEADER_IN_LINE = re.compile(
     rf"(?<!\S)(?:{'|'.join(sorted(SECTION_NAMES, key=len, reverse=True)).upper().replace(' ', '[ ]+')})[ ]*$"
 )

@@ -121,8 +121,8 @@ def _texts(folder: Path, text: str, report_problem: Report) -> Callable[[str], s
         return lambda place: ""
     table = find_optional(folder, "mimic_cxr_sectioned.csv", "mimic-cxr-sections/mimic_cxr_sectioned.csv")
     if table is not None:
-        columns = ["study", "impression", "findings", "last_paragraph", "comparison"]
-        records = read_table(table, columns, report_problem=report_problem)
+        columns = ["study", "impression", "findings", "last_paragraph"]
+        records = read_table(table, columns, optional=["comparison"], report_problem=report_problem)
         texts = {record["study"].removeprefix("s"): report_text(record, text) for _, record in records}
         return lambda place: texts.get(place.rpartition("/s")[2], "")
     if (folder / "mimic-cxr-reports.zip").is_file():

@@ -122,7 +122,7 @@ class MMCLIPCollator:
         texts = [sample["text"] for sample in samples]
         encoded, cuts = self._tokenize(texts)
         input_ids = encoded["input_ids"]  # (B, T)
-        # a report that holds "[SEP]" has that token among its words
+        # a text may hold "[SEP]" itself, which tokenizers take for their own
         special = encoded["special_tokens_mask"].astype(bool) | np.isin(input_ids, self._special_ids)
         hidden = np.zeros_like(special)
         entity_mask = np.zeros_like(special)

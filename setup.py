@@ -57,11 +57,19 @@ setup(
         "scipy>=1.11",  # smooth fields and distances in phantoms
         "pillow>=10.0",  # reads and resizes X-rays
         "pyyaml>=6.0",  # run configs and the vocabulary
+        "spacy>=3.8,<4",  # PhraseMatcher finds the vocabulary in reports; pipelines of others as recognisers
         "scikit-learn>=1.4",  # evaluate needs it for its own metrics; our AUROC is tested against it
         "matplotlib>=3.8",  # ROC curves, heat maps, contact sheets
     ],
     extras_require={
-        "test": ["pytest>=8.0", "ruff>=0.9", MINILM, *DICOM],  # MINILM carries a pretrained text tower
+        "test": [
+            "pytest>=8.0",
+            "ruff>=0.9",
+            "hypothesis>=6.100",  # properties of text code over made-up texts
+            "negspacy>=1.1,<2",  # the peer of our negation rules in benchmarks/entities.py, and its own pipelines
+            MINILM,  # carries a pretrained text tower
+            *DICOM,
+        ],
         "dicom": DICOM,
         "minilm": [MINILM],  # text tower of examples/configs/cxr_mini.yaml
         "tensorboard": ["tensorboard>=2.16"],  # training curves, report_to: tensorboard

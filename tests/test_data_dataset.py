@@ -61,7 +61,7 @@ def test_paired_row_has_its_report_and_the_labels_that_the_report_states():
     assert sample["entities"] == [
         Entity(0, 5, "small", "descriptor", "present"),
         Entity(6, 14, "pleural effusion", "finding", "present"),
-        Entity(19, 23, "mass", "finding", "absent"),
+        Entity(19, 23, "mass", "finding", "absent", 16, 18),
     ]
     assert sample["present"] == ["pleural effusion"]
     assert sample["absent"] == ["mass", "no finding"]
@@ -130,9 +130,9 @@ def test_entities_of_reports_are_found_once_and_cached(tmp_path):
     class Counting(LexiconRecognizer):
         calls = 0
 
-        def __call__(self, text):
-            Counting.calls += 1
-            return super().__call__(text)
+        def find(self, texts):
+            Counting.calls += len(texts)
+            return super().find(texts)
 
     rows().save_to_disk(tmp_path / "rows")
     stored = datasets.load_from_disk(tmp_path / "rows")

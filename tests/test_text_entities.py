@@ -1,6 +1,5 @@
 import gzip
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -99,7 +98,9 @@ def test_only_whole_words_match(recognizer):
     assert recognizer("Massively amassed unedematous masseter") == []
 
 
-@pytest.mark.parametrize("text", ["effusions", "EFFUSION", "pneumothoraces", "ground-glass opacities", "PTX"])
+@pytest.mark.parametrize(
+    "text", ["effusions", "EFFUSION", "pneumothoraces", "hydropneumothoraces", "ground-glass opacities", "PTX"]
+)
 def test_plural_case_hyphen_and_abbreviation_do_not_matter(recognizer, text):
     assert [(e.start, e.end, e.kind) for e in recognizer(text)] == [(0, len(text), "finding")]
 
@@ -107,6 +108,8 @@ def test_plural_case_hyphen_and_abbreviation_do_not_matter(recognizer, text):
 def test_abbreviation_in_lower_case_is_an_ordinary_word(recognizer):
     assert recognizer("the cap of the bottle") == []
     assert [e.concept for e in recognizer("treated for CAP")] == ["pneumonia"]
+    assert recognizer("THE CAP OF THE BOTTLE") == []
+    assert [e.concept for e in recognizer("THE PATIENT HAS COPD")] == ["copd"]
 
 
 def test_offsets_hold_in_text_whose_lower_case_is_longer(recognizer):
@@ -158,17 +161,6 @@ def test_fingerprint_changes_with_the_vocabulary():
     one = LexiconRecognizer({"mass": Concept("mass", "finding")})
     other = LexiconRecognizer({"mass": Concept("mass", "finding", synonyms=("tumour",))})
     assert one.fingerprint == LexiconRecognizer({"mass": Concept("mass", "finding")}).fingerprint != other.fingerprint
-
-
-def test_recognizer_reads_a_thousand_reports_a_second(recognizer):
-    text = (
-        "The heart is mildly enlarged. There is a moderate left pleural effusion with adjacent atelectasis. "
-        "No pneumothorax or focal consolidation. Median sternotomy wires are intact. No acute osseous abnormality."
-    )
-    begin = time.process_time()
-    for _ in range(300):
-        recognizer(text)
-    assert time.process_time() - begin < 0.3
 
 
 def test_phantom_reports_give_back_their_labels(recognizer):

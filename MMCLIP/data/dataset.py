@@ -1,13 +1,13 @@
 """Manifest rows as training samples: every row becomes an image, a text, its entities and its labels."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import datasets
 import numpy as np
 import torch
 
 from ..image_processing_mmclip import load_grayscale
-from ..text.entities import Entity, LexiconRecognizer, report_labels
+from ..text.entities import Entity, LexiconRecognizer, Recognizer, report_labels
 from ..text.prompts import has_side, sample_prompt
 from .manifest import ENTITIES
 
@@ -34,8 +34,9 @@ class MMCLIPDataset(torch.utils.data.Dataset):
 
     Args:
         rows: Rows with the columns of `MMCLIP.data.manifest.FEATURES`; checked by `check_rows` where they are read. A
-            column `entities` is that of a prepared data set: what `LexiconRecognizer` of today finds.
-        recognizer: Text -> list of `Entity`; `LexiconRecognizer` when None.
+            column `entities` is that of a prepared data set, `entities_by` names the recogniser that filled it.
+        recognizer: Finds the entities of reports; `LexiconRecognizer` when None. Prompts are written in the words of
+            the vocabulary, so that one always reads them.
         seed: First part of every sample's seed, not negative.
         unpaired_texts: "prompt" (drawn in each epoch) or "label" (the bare label names, always the same).
         paired_labels: labels of a row with a report: "report" (what it states), "stored" (the row's own) or "both"
@@ -47,7 +48,7 @@ class MMCLIPDataset(torch.utils.data.Dataset):
         self,
         rows: datasets.Dataset,
         *,
-        recognizer: Callable[[str], list[Entity]] | None = None,
+        recognizer: Recognizer | None = None,
         seed: int = 0,
         unpaired_texts: str = "prompt",
         paired_labels: str = "report",
@@ -59,7 +60,8 @@ class MMCLIPDataset(torch.utils.data.Dataset):
             raise ValueError(f"paired_labels is {paired_labels!r}, expected 'report', 'stored' or 'both'.")
         if seed < 0:
             raise ValueError(f"seed is {seed}, expected a number that is not negative.")
-        self.recognizer = recognizer if recognizer is not None else LexiconRecognizer()
+        recognizer = recognizer if recognizer is not None else LexiconRecognizer()
+        self._reads_prompts = recognizer if isinstance(recognizer, LexiconRecognizer) else LexiconRecognizer()
         self.seed = int(seed)
         self.unpaired_texts = unpaired_texts
         self.paired_labels = paired_labels
@@ -67,7 +69,7 @@ class MMCLIPDataset(torch.utils.data.Dataset):
         lesions = [name for name in ("masks", "boxes") if name in rows.column_names]
         self._lesions = rows.select_columns(["view", *lesions])  # read for prompts alone
         rows = rows.remove_columns(lesions)
-        rows = find_entities(rows, self.recognizer)
+        rows = find_entities(rows, recognizer)
         # a row of these alone is read in two thirds of the time
         self.rows = rows.select_columns(["row_id", "image", "report", "present", "absent", "entities"])
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared, so that live workers see it change
@@ -105,7 +107,7 @@ class MMCLIPDataset(torch.utils.data.Dataset):
         else:
             sides = self._sides(index, row, image)
             text = self._prompt(row, sides, sample_generator(sample_seed, TEXT_STREAM))
-            entities = self.recognizer(text)
+            entities = self._reads_prompts(text)
         present, absent = self._labels(row, entities)
         return {
             "row_id": row["row_id"],
@@ -170,31 +172,29 @@ def _entities(row: dict) -> list[Entity]:
     return [Entity(*(entity[field] for field in Entity._fields)) for entity in row["entities"]]
 
 
-def find_entities(rows: datasets.Dataset, recognizer: Callable[[str], list[Entity]]) -> datasets.Dataset:
+def find_entities(rows: datasets.Dataset, recognizer: Recognizer) -> datasets.Dataset:
     """`rows` with a column `entities` of the spans in `report`, [] where there is no report.
 
-    A column that is there stays if `recognizer` would fill it alike. Else `datasets` caches the result. The cache is
-    named by the rows and by `recognizer.fingerprint`, which a recogniser has to change with its code and vocabulary;
-    one without that attribute is named by its pickled state.
+    A column that is there stays if `entities_by`, which goes with it, names `recognizer`. Else `datasets` caches the
+    result, under the rows and `recognizer.fingerprint`.
     """
-    fingerprint = getattr(recognizer, "fingerprint", None)
     if "entities" in rows.column_names:
-        if fingerprint == LexiconRecognizer().fingerprint:
+        if rows.unique("entities_by") == [recognizer.fingerprint]:
             return rows
-        rows = rows.remove_columns("entities")
-    if fingerprint is not None:
-        fingerprint = datasets.fingerprint.Hasher.hash([rows._fingerprint, fingerprint])
-    found = rows.select_columns("report").map(
-        lambda reports: {
-            "entities": [
-                [] if report is None else [entity._asdict() for entity in recognizer(report)] for report in reports
-            ]
-        },
+        rows = rows.remove_columns(["entities", "entities_by"])
+
+    def found(reports: list[str | None]) -> dict[str, list]:
+        said = iter(recognizer.find([report for report in reports if report is not None]))
+        entities = [[] if report is None else [entity._asdict() for entity in next(said)] for report in reports]
+        return {"entities": entities}
+
+    column = rows.select_columns("report").map(
+        found,
         input_columns="report",
         remove_columns="report",
         batched=True,
         features=datasets.Features({"entities": ENTITIES}),
-        new_fingerprint=fingerprint,
+        new_fingerprint=datasets.fingerprint.Hasher.hash([rows._fingerprint, recognizer.fingerprint]),
         desc="Finding entities",
     )
-    return datasets.concatenate_datasets([rows, found], axis=1)  # `map` on all columns would write the images anew
+    return datasets.concatenate_datasets([rows, column], axis=1)  # `map` on all columns would write the images anew

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from ..text.entities import parse_labels
 from .manifest import FEATURES, check_row, make_row
 from .prepared import SPLITS
 from .readers import LEFT_OUT, SOURCES, read_csv_manifest, source_reader, source_rows
@@ -34,7 +35,8 @@ class PreparationOptions:
     shorter_side: pixels of the stored images, which are never enlarged; longer_side: of that side instead, 0 for not:
     at the input size of the model, training has nothing to resize; image_format: "jpeg" (with `quality`) or "png";
     views: "frontal" leaves out rows whose view is known to be another, "all" keeps them; val_share, test_share: of the
-    patients of a source that has no split; seed: of that draw; rows_per_shard: rows of one chunk.
+    patients of a source that has no split; seed: of that draw; rows_per_shard: rows of one chunk; recognizer: what
+    finds the entities of reports, see `load_recognizer`; recognizer_labels: what its labels mean, as JSON.
     """
 
     shorter_side: int = 256
@@ -46,6 +48,8 @@ class PreparationOptions:
     test_share: float = 0.0
     seed: int = 0
     rows_per_shard: int = 500
+    recognizer: str = "lexicon"
+    recognizer_labels: str = ""
 
     def __post_init__(self):
         for name, allowed in (("image_format", ("jpeg", "png")), ("views", ("frontal", "all"))):
@@ -57,6 +61,7 @@ class PreparationOptions:
             raise ValueError("longer_side must not be negative, and takes the place of shorter_side: give one of them.")
         if min(self.val_share, self.test_share) < 0 or self.val_share + self.test_share >= 1:
             raise ValueError("val_share and test_share must not be negative, and leave something to train on.")
+        parse_labels(self.recognizer_labels)
 
 
 def write_index(

@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..image_processing_mmclip import load_shrunk
-from ..text.entities import LexiconRecognizer
+from ..text.entities import Recognizer, load_recognizer, parse_labels
 from .indexing import (
     INDEX_FILE,
     PHANTOM,
@@ -90,7 +90,7 @@ def prepare(
     work = output_dir / WORK
     work.mkdir(parents=True, exist_ok=True)
     with _alone(work / "lock"):
-        recognizer = LexiconRecognizer()
+        recognizer = _recognizer(options)
         _same_options(work / "options.json", sources, source_options, options, recognizer.fingerprint)
         (output_dir / INFO_FILE).unlink(missing_ok=True)  # until the end, the folder is not to be trained on
         for left_behind in output_dir.rglob("*.tmp"):
@@ -273,7 +273,7 @@ def _prepare_chunk(
 ) -> int:
     """One chunk of an index to its shards and its marker; returns its number of rows."""
     table = pq.ParquetFile(output_dir / WORK / name / INDEX_FILE).read_row_group(number)
-    recognizer = _recognizer()
+    recognizer = _recognizer(options)
     rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
     bad = []
     note = _at_work(output_dir, name, number)
@@ -300,12 +300,12 @@ def _prepare_chunk(
     return table.num_rows
 
 
-@functools.cache
-def _recognizer() -> LexiconRecognizer:
-    return LexiconRecognizer()  # one for all chunks of a process
+@functools.cache  # one for all chunks of a process
+def _recognizer(options: PreparationOptions) -> Recognizer:
+    return load_recognizer(options.recognizer, parse_labels(options.recognizer_labels))
 
 
-def prepare_row(row: dict, recognizer: LexiconRecognizer, options: PreparationOptions) -> dict:
+def prepare_row(row: dict, recognizer: Recognizer, options: PreparationOptions) -> dict:
     """A manifest row -> one of `PREPARED_FEATURES`: image, masks and boxes shrunk, entities found.
 
     Raises ValueError for an image or mask that cannot be read.

@@ -11,7 +11,6 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet as pq
 
-from ..text.entities import LexiconRecognizer
 from .manifest import ENTITIES, FEATURES
 from .readers import read_csv_manifest
 from .readers.tables import completed_absent
@@ -46,8 +45,9 @@ def read_prepared(
     """The rows of a prepared data set (of one split, or of all), mapped into memory: they cost none.
 
     `datasets` copies the shards into its cache once, uncompressed, about as large as they are. Columns are those of
-    `FEATURES`, `pixel_hash`, and `entities` unless the recogniser has changed since. In rows of `fully_labelled`
-    sources that have labels, each label that the source uses in any split and the row does not state becomes absent.
+    `FEATURES`, `pixel_hash`, `entities`, and `entities_by`, the fingerprint of the recogniser that found them. In rows
+    of `fully_labelled` sources that have labels, each label that the source uses in any split and the row does not
+    state becomes absent.
     Raises ValueError for a folder whose preparation did not end, and for a split of which there is no row.
     """
     folder = Path(folder)
@@ -61,10 +61,8 @@ def read_prepared(
         raise ValueError(f"{folder}: no row has the split {split!r}; the splits there are {there}.")
     rows = datasets.load_dataset("parquet", data_files=wanted, split="train", features=PREPARED_FEATURES)
     rows = rows.cast_column("image", datasets.Image(decode=False))
-    columns = [*FEATURES, "pixel_hash"]
-    if info["entities"] == LexiconRecognizer().fingerprint:
-        columns.append("entities")
-    rows = rows.select_columns(columns)
+    rows = rows.select_columns([*FEATURES, "pixel_hash", "entities"])
+    rows = rows.add_column("entities_by", [info["entities"]] * len(rows))
     return _complete_labels(rows, itertools.chain(*paths.values()), fully_labelled) if fully_labelled else rows
 
 

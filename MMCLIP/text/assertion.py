@@ -38,6 +38,7 @@ PRESENT = Verdict("present")
 
 CUES_FILE = Path(__file__).with_name("cues.yaml")
 _FINITE = frozenset("is are was were has have had shows reveals appears appear remains remain there".split())
+_MODALS = frozenset("may might could".split())
 _DETERMINERS = frozenset("the a an there this it".split())
 # After a comma these begin a statement of its own ("No effusion, small nodule."), unless the list goes on to an "or".
 _STATEMENT_STARTS = frozenset(
@@ -142,6 +143,7 @@ def _clause_borders(items: list[_Item], words: Sequence[Word], first: int, stop:
         right = any(words[i].text in _FINITE for i in range(position + 1, limit))
         if (
             (left and right)
+            or any(words[i].text in _MODALS for i in range(position + 1, limit))
             or following in _DETERMINERS
             or following in _NEGATORS
             or (words[position].text == "," and following in _STATEMENT_STARTS and last_alternative < position)

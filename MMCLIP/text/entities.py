@@ -7,14 +7,19 @@ spaCy pipeline or Hugging Face model in its place. `load_recognizer` makes one b
 
 import functools
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from .assertion import ASSERTIONS, Cue, add_cues, assert_spans
 from .lexicon import Match, PhraseIndex, Word, find_words, longest
-from .reports import split_sentences
+from .sentences import is_all_capitals, split_sentences
 from .vocabulary import LABEL_KINDS, NO_FINDING, Concept, broader_labels, vocabulary
+
+
+ALSO_WORDS = frozenset(("CAP", "COP", "DISH"))  # abbreviations that are words where all is written in capitals
+LONGEST_SENTENCE = 250  # words; what is longer is no sentence, and the time of the rules grows with its square
 
 
 class Entity(NamedTuple):
@@ -83,13 +88,7 @@ class LexiconRecognizer(Recognizer):
     def _find(self, text: str) -> list[Entity]:
         words = find_words(text)
         sentence_of = sentence_numbers(text, words)
-        matches = [
-            match
-            for match in self._phrases.find(words)
-            if isinstance(match.value, Cue)
-            or not match.value[1]
-            or _is_abbreviation(text[words[match.first].start : words[match.stop - 1].end])
-        ]
+        matches = [match for match in self._phrases.find(words) if _is_meant(match, words, text)]
         spans: dict[tuple[int, int], Concept] = {}
         cues = []
         for match in longest(matches, sentence_of):
@@ -125,18 +124,28 @@ def _wordings(concept: Concept) -> list[tuple[str, bool]]:
     return [(phrase, True) for phrase in concept.abbreviations] + [(phrase, False) for phrase in concept.wordings]
 
 
-def _is_abbreviation(text: str) -> bool:
-    return text.rstrip("s").isupper()
+def _is_meant(match: Match, words: Sequence[Word], text: str) -> bool:
+    """False for an abbreviation not in capitals, and for a statement that goes on ("lungs are clear" of edema)."""
+    if isinstance(match.value, Cue):
+        return True
+    concept, in_capitals = match.value
+    if concept.kind == "normal" and match.stop < len(words) and words[match.stop].text == "of":
+        return False
+    letters = text[words[match.first].start : words[match.stop - 1].end].rstrip("s") if in_capitals else ""
+    return not in_capitals or (letters.isupper() and not (letters in ALSO_WORDS and is_all_capitals(text)))
 
 
 def sentence_numbers(text: str, words: Sequence[Word]) -> list[int]:
-    """The number of the sentence of each word."""
-    numbers, sentence = [], 0
-    ends = [end for _, end in split_sentences(text)]
-    for word in words:
-        while sentence < len(ends) and word.start >= ends[sentence]:
-            sentence += 1
-        numbers.append(sentence)
+    """The number of the sentence of each word; one of more than `LONGEST_SENTENCE` words counts as several."""
+    numbers: list[int] = []
+    sentence, number, begin = 0, 0, 0
+    ends = [*(end for _, end in split_sentences(text)), len(text) + 1]
+    for position, word in enumerate(words):
+        if word.start >= ends[sentence] or position - begin >= LONGEST_SENTENCE:
+            while word.start >= ends[sentence]:
+                sentence += 1
+            number, begin = number + 1, position
+        numbers.append(number)
     return numbers
 
 
@@ -163,7 +172,7 @@ def rules_fingerprint(state: bytes) -> str:
     """Of `state` and of the code that all recognisers share."""
     code = [
         Path(__file__).with_name(name).read_bytes()
-        for name in ("entities.py", "assertion.py", "lexicon.py", "reports.py", "cues.yaml")
+        for name in ("entities.py", "assertion.py", "lexicon.py", "sentences.py", "cues.yaml")
     ]
     return hashlib.sha256(b"".join([*code, state])).hexdigest()
 
@@ -193,18 +202,39 @@ def load_recognizer(name: str = "lexicon", labels: Mapping[str, str | None] | No
     )
 
 
+def parse_labels(text: str | None) -> dict[str, str | None]:
+    """What the labels of a recogniser mean, from JSON: '{"DISEASE": "disease", "CHEMICAL": null}'; {} for nothing.
+
+    Raises ValueError for anything but a map of text to text or null.
+    """
+    if not text:
+        return {}
+    try:
+        labels = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"recognizer_labels is {text!r}, which is no JSON: {error}.") from error
+    if not isinstance(labels, dict) or not all(value is None or isinstance(value, str) for value in labels.values()):
+        raise ValueError(
+            f'recognizer_labels is {text!r}, expected a map such as {{"DISEASE": "disease", "AGE": null}}.'
+        )
+    return labels
+
+
 def report_labels(entities: Iterable[Entity]) -> tuple[list[str], list[str], list[str]]:
     """(present, absent, uncertain) canonical labels that a report's entities state, sorted, in one list each.
 
-    Findings, diseases and devices count. A present label makes its broader ones present too ("covid-19" ->
-    "pneumonia"), a statement of normality makes the labels it excludes absent. Where a report says both, present wins
-    over uncertain and uncertain over absent. "no finding" is present when the report says so and names no finding or
-    disease as present; with one it is absent. Devices leave it alone, as in CheXpert.
+    Findings, diseases and devices of the vocabulary count; concepts of other models are no labels. A present label
+    makes its broader ones present too ("covid-19" -> "pneumonia"), a statement of normality makes the labels it
+    excludes absent. Where a report says both, present wins over uncertain and uncertain over absent. "no finding" is
+    present when the report says so and names no finding or disease as present; with one it is absent. Devices leave it
+    alone, as in CheXpert.
     """
     concepts = vocabulary()
     said: dict[str, set[str]] = {assertion: set() for assertion in ASSERTIONS}
     normal = False
     for entity in entities:
+        if entity.concept not in concepts:
+            continue
         if entity.kind in LABEL_KINDS:
             names = (entity.concept,) if entity.assertion == "absent" else broader_labels(entity.concept)
             said[entity.assertion].update(names)

@@ -25,9 +25,9 @@ class Match(NamedTuple):
 
 _WORD = re.compile(r"\d+(?:\.\d+)+|[^\W_]+(?:['’][^\W\d_]+)?|[.;:!?,/()\[\]]|\n\s*\n")
 _IRREGULAR = {
-    "pneumothoraces": "pneumothorax", "atelectases": "atelectasis", "metastases": "metastasis", "apices": "apex",
+    "atelectases": "atelectasis", "metastases": "metastasis", "apices": "apex",
     "bullae": "bulla", "emboli": "embolus", "hila": "hilum", "vertebrae": "vertebra", "bronchi": "bronchus",
-    "hemithoraces": "hemithorax", "pleurae": "pleura", "sulci": "sulcus", "thrombi": "thrombus", "oedema": "edema",
+"pleurae": "pleura", "sulci": "sulcus", "thrombi": "thrombus", "oedema": "edema",
     "diagnoses": "diagnosis", "bodies": "body", "viscera": "viscus", "x-rays": "x-ray", "arteries": "artery",
     "haemothorax": "hemothorax", "is": "is", "has": "has", "was": "was", "as": "as", "this": "this", "does": "does",
 }  # fmt: skip
@@ -38,6 +38,8 @@ def stem(word: str) -> str:
     """A lower-case word without its plural ending: both sides of a comparison go through it."""
     if word in _IRREGULAR:
         return _IRREGULAR[word]
+    if word.endswith("thoraces"):
+        return word[:-3] + "x"
     if len(word) > 4 and word.endswith("ies"):
         return word[:-3] + "y"
     if len(word) > 4 and word.endswith(("sses", "xes", "ches", "shes")):

@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..configuration_mmclip import MMCLIPConfig
+from ..text.entities import parse_labels
 from ..text.vocabulary import canonical_label
 
 
@@ -91,6 +92,10 @@ class DataArguments:
     shuffle_pairs: bool = _option("Give every image another row's text and labels, for the floor of a result", False)
     tokenizer_name_or_path: str | None = _option("Tokenizer, when it is neither the text tower's nor the one shipped")
     max_length: int | None = _option("Longest text in tokens; left out, what the text tower takes")
+    recognizer: str = _option(
+        "What finds the entities of reports: lexicon, spacy:PIPELINE or hf:MODEL (of token classification)", "lexicon"
+    )
+    recognizer_labels: str | None = _option("What the labels of that pipeline or model mean, as JSON")
     mlm_masking: str = _option("entity: EntMLM hides whole entities; random: whole words", "entity")
     mlm_ratio: float = _option("Share of a text's entities that EntMLM hides, at least one", 0.5)
     mlm_kinds: list[str] = _option("Kinds of entities that it hides (finding, anatomy, ...); left out, every kind", [])
@@ -110,6 +115,7 @@ class DataArguments:
     def __post_init__(self):
         if not self.train_manifest and not self.num_phantoms:
             raise ValueError("Nothing to train on: give `train_manifest` or `num_phantoms`.")
+        parse_labels(self.recognizer_labels)
         self.tokenizer_name_or_path = resolve_path(self.tokenizer_name_or_path)
         self.validation_labels = [canonical_label(label, "validation_labels") for label in self.validation_labels]
         for path in [*self.train_manifest, *self.validation_manifest]:

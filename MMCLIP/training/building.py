@@ -19,6 +19,7 @@ from ..data.readers.overlaps import known_overlaps
 from ..image_processing_mmclip import MMCLIPImageProcessor
 from ..modeling_mmclip import MMCLIPForPreTraining
 from ..processing_mmclip import MMCLIPProcessor, default_tokenizer
+from ..text.entities import load_recognizer, parse_labels
 from ..text.vocabulary import canonical_label
 from .arguments import DataArguments, ModelArguments
 
@@ -140,7 +141,8 @@ def build_datasets(
         max_contrast=data.max_contrast,
         noise_std=data.noise_std,
     )
-    dataset = MMCLIPDataset(train_rows, seed=seed)
+    recognizer = load_recognizer(data.recognizer, parse_labels(data.recognizer_labels))
+    dataset = MMCLIPDataset(train_rows, recognizer=recognizer, seed=seed)
     labels = ()
     if model.config.prompt_weight > 0 or model.config.local_weight > 0:
         stated = label_counts(dataset)

@@ -9,14 +9,9 @@ import os
 
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")  # before torch and tokenizers are loaded
 
-import argparse
 import csv
 import gc
-import importlib.metadata
 import io
-import json
-import operator
-import platform
 import random
 import statistics
 import tempfile
@@ -31,6 +26,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from benchmark_tools import argument_parser, in_turns, machine, write_results
 from MMCLIP.image_processing_mmclip import MMCLIPImageProcessor, load_shrunk
 from PIL import Image
 
@@ -50,7 +46,6 @@ WIDTH, HEIGHT = 2544, 3056  # of most films in MIMIC-CXR-JPG
 REAL_FILES = Path(__file__).resolve().parents[2] / "shared" / "data" / "originals"
 BATCH_SIZE = 64
 PROMPT_LABELS = ("atelectasis", "cardiomegaly", "consolidation", "edema", "pleural effusion")
-COMPARE = {">=": operator.ge, "<": operator.lt}
 # what is measured, and the target of it where there is one
 MEASURES = {
     "decode_speedup": ("decoding a 2,544 x 3,056 JPEG to 224 px, times as fast as Pillow", ">=", 2),
@@ -81,17 +76,6 @@ MEASURES = {
     "index_memory_gb": ("indexing 377,110 rows, peak memory in a fresh process, GB", "<", 2),
     "index_table_mb": ("size of that table, MB",),
 }
-
-
-def in_turns(num_rounds: int, **functions: Callable[[], object]) -> dict[str, float]:
-    """Seconds of each function, the median of `num_rounds`, all in turns; a first round is not counted."""
-    seconds = {name: [] for name in functions}
-    for _ in range(num_rounds + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 def memory(field: str) -> float | None:
@@ -324,43 +308,12 @@ def run(quick: bool) -> dict[str, float]:
         return results | measure_index(folder, 2000 if quick else 377_110, 1 if quick else 2)
 
 
-def machine() -> dict[str, str]:
-    try:
-        info = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.partition(": ")[2] for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        processor = platform.processor()
-    packages = ("torch", "transformers", "datasets", "tokenizers", "pyarrow", "pillow", "numpy")
-    return {
-        "machine": f"{processor}, {os.cpu_count()} cores",
-        "threads": "1 (preparation: one process a core)",
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-    parser.add_argument("--json", help="file for the numbers")
-    parser.add_argument("--quick", action="store_true", help="a few seconds, numbers that mean nothing")
-    arguments = parser.parse_args()
+    arguments = argument_parser(__doc__.partition(":")[0]).parse_args()
     results = run(arguments.quick)
-    about = {**machine(), "quick": arguments.quick}
-    print("; ".join(f"{name} {value}" for name, value in about.items()))
-    print("\n| what | measured | target | |\n| --- | --- | --- | --- |")
-    rows = {}
-    for name, (label, *target) in MEASURES.items():
-        value = results.get(name)
-        known = target and value is not None and not arguments.quick
-        reached = COMPARE[target[0]](value, target[1]) if known else None
-        rows[name] = {"value": value, "target": " ".join(map(str, target)) or None, "reached": reached}
-        shown = "not measured here" if value is None else f"{value:.4g}"
-        verdict = {True: "reached", False: "NOT reached", None: ""}[reached]
-        print(f"| {label} | {shown} | {rows[name]['target'] or ''} | {verdict} |")
-    if arguments.json:
-        content = json.dumps({"about": about, "results": rows}, indent=2)
-        Path(arguments.json).write_text(content + "\n", encoding="utf-8")
+    packages = ("torch", "transformers", "datasets", "tokenizers", "pyarrow", "pillow", "numpy")
+    about = {**machine("1 (preparation: one process a core)", packages), "quick": arguments.quick}
+    write_results(MEASURES, results, about, arguments.json, details={})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ AUTO_MAP = {
 }
 # ViT-B/16 on one channel, and BERT-base with the vocabulary of the tokenizer that ships with the repository.
 DEFAULT_VISION_CONFIG = {"model_type": "vit", "num_channels": 1, "image_size": 224, "patch_size": 16}
-DEFAULT_TEXT_CONFIG = {"model_type": "bert", "vocab_size": 5120}
+DEFAULT_TEXT_CONFIG = {"model_type": "bert", "vocab_size": 6144}
 
 # Their positions begin behind the padding id, so that many of `max_position_embeddings` are never used.
 OFFSET_POSITIONS = frozenset(

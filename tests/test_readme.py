@@ -27,7 +27,7 @@ TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 README = TEXT["README.md"]
 SUFFIXES = (".py", ".md", ".yaml", ".json", ".txt", ".toml", ".csv", ".png")
 # what the reader makes, and what may lie beside a checkout
-NOT_OURS = ("outputs/", "my_xrays/", "../", "http", "xray.png", "heatmap.png", "/data/", "film.")
+NOT_OURS = ("outputs/", "my_xrays/", "../", "http", "xray.png", "heatmap.png", "/data/", "film.", "hf:")
 
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)

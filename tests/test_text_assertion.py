@@ -91,6 +91,11 @@ def test_original_mentions_are_read_as_they_were_labelled(recognizer, sample, pa
         # hides a shorter cue
         ("Effusion is not significantly changed.", {"pleural effusion": "present"}),
         ("Effusion is not well seen.", {"pleural effusion": "present"}),
+        # the denial of a statement of normality goes on
+        ("No acute osseous abnormality or pneumothorax.", {"pneumothorax": "absent"}),
+        ("No acute bony abnormality, edema, or mass.", {"edema": "absent", "mass": "absent"}),
+        ("No acute osseous abnormality. Edema.", {"edema": "present"}),
+        ("No acute osseous abnormality, small pneumothorax.", {"pneumothorax": "present"}),
         # stronger than a hedge within it
         ("No definite or suspected pneumonia.", {"pneumonia": "absent"}),
         ("Density, XXXX representing atelectasis.", {"atelectasis": "uncertain"}),

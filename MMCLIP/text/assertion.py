@@ -83,10 +83,13 @@ def assert_spans(
     """
     verdicts = [PRESENT] * len(spans)
     sentences: dict[int, list[_Item]] = {}
+    cued = set()
     for number, (first, stop) in enumerate(spans):
         is_label = kinds[number] in LABEL_KINDS
         sentences.setdefault(sentence_of[first], []).append(_Item(first, stop, number, is_label, None))
-    cued = set()
+        if kinds[number] == "normal" and words[first].text in _NEGATORS:  # "no bone lesion or effusion"
+            sentences[sentence_of[first]].append(_Item(first, first + 1, -1, False, Cue("absent", "before")))
+            cued.add(sentence_of[first])
     for match in longest(cues, sentence_of, spans):
         sentence = sentence_of[match.first]
         if sentence in sentences:

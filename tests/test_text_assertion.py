@@ -96,6 +96,20 @@ def test_original_mentions_are_read_as_they_were_labelled(recognizer, sample, pa
         ("No acute bony abnormality, edema, or mass.", {"edema": "absent", "mass": "absent"}),
         ("No acute osseous abnormality. Edema.", {"edema": "present"}),
         ("No acute osseous abnormality, small pneumothorax.", {"pneumothorax": "present"}),
+        # a new statement, though only a comma parts it
+        ("No pneumothorax, heart is mildly enlarged.", {"pneumothorax": "absent", "cardiomegaly": "present"}),
+        ("No pneumothorax, mass is seen.", {"pneumothorax": "absent", "mass": "absent"}),
+        ("No effusion, possible pneumonia.", {"pleural effusion": "absent", "pneumonia": "uncertain"}),
+        ("No effusion and mild cardiomegaly.", {"pleural effusion": "absent", "cardiomegaly": "present"}),
+        ("No mass following pacemaker placement.", {"mass": "absent", "pacemaker": "present"}),
+        # forms and short forms
+        ("Pneumothorax: none. Edema: none.", {"pneumothorax": "absent", "edema": "absent"}),
+        ("R/O pneumonia. Mass w/o edema.", {"pneumonia": "uncertain", "mass": "present", "edema": "absent"}),
+        # gone in part, or not yet
+        ("Partially resolved consolidation.", {"consolidation": "present"}),
+        ("The pacemaker has not been removed.", {"pacemaker": "present"}),
+        ("No mass effect.", {"mass": None}),
+        ("Heart size is normal to mildly enlarged.", {"cardiomegaly": None}),
         # stronger than a hedge within it
         ("No definite or suspected pneumonia.", {"pneumonia": "absent"}),
         ("Density, XXXX representing atelectasis.", {"atelectasis": "uncertain"}),

@@ -136,6 +136,7 @@ def test_no_finding_is_present_only_beside_no_finding_or_disease(recognizer):
     assert no_finding("No acute cardiopulmonary process. Pacemaker.") == (True, False)
     assert no_finding("No acute cardiopulmonary process. Cardiomegaly.") == (False, True)
     assert no_finding("No pneumothorax.") == (False, False)
+    assert no_finding("No acute cardiopulmonary process. Possible pneumonia.") == (False, False)
 
 
 def test_presence_passes_to_broader_labels_and_absence_does_not(recognizer):

@@ -5,7 +5,13 @@ import json
 import pytest
 import spacy
 import torch
-from transformers import BertConfig, BertForTokenClassification, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForTokenClassification,
+)
 
 from MMCLIP.data.dataset import MMCLIPDataset
 from MMCLIP.data.phantom import phantom_dataset
@@ -127,6 +133,27 @@ def test_text_without_words_has_no_entities(tagger, text):
     assert [len(found) for found in tagger.find([text, "lung", text])] == [0, 1, 0]
 
 
+def test_model_that_counts_positions_from_its_padding_reads_long_texts_too(tmp_path):
+    tokenizer = build_tokenizer(["the lung is clear"])
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+        max_position_embeddings=34,
+        pad_token_id=1,
+        id2label={0: "O", 1: "B-finding"},
+        label2id={"O": 0, "B-finding": 1},
+    )
+    RobertaForTokenClassification(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    recognizer = load_recognizer(f"hf:{tmp_path}")
+    assert recognizer.pipeline.tokenizer.model_max_length == 32
+    recognizer("the lung is clear " * 40)  # one position too many would be an index out of range
+    assert recognizer.fingerprint == load_recognizer(f"hf:{tmp_path}").fingerprint
+
+
 def test_slow_tokenizer_is_refused(model_folder, monkeypatch):
     monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
     with pytest.raises(ValueError, match="its tokenizer is slow"):
@@ -158,6 +185,7 @@ def test_negex_of_a_pipeline_is_believed(pipeline_folder):
         (lambda: load_recognizer("spacy:no_such_pipeline"), "There is no spaCy pipeline 'no_such_pipeline'"),
         (lambda: load_recognizer("scispacy"), "expected 'lexicon', 'spacy:PIPELINE'"),
         (lambda: load_recognizer("hf:"), "expected 'lexicon'"),
+        (lambda: load_recognizer("hf:./no/such/folder"), "There is no token-classification model './no/such/folder'"),
         (lambda: load_recognizer("lexicon", {"A": "finding"}), "the recogniser 'lexicon' has its own"),
         (lambda: parse_labels("{"), "is no JSON"),
         (lambda: parse_labels('["finding"]'), "expected a map"),
@@ -202,4 +230,5 @@ def test_dataset_takes_another_recogniser_for_reports_and_reads_its_own_prompts_
 
 def test_labels_come_as_json():
     assert parse_labels(json.dumps({"A": "finding", "B": None})) == {"A": "finding", "B": None}
+    assert parse_labels({"A": "finding"}) == {"A": "finding"}
     assert parse_labels("") == parse_labels(None) == {}

@@ -70,6 +70,8 @@ class MMCLIPDataset(torch.utils.data.Dataset):
         self._lesions = rows.select_columns(["view", *lesions])  # read for prompts alone
         rows = rows.remove_columns(lesions)
         rows = find_entities(rows, recognizer)
+        if None in rows.unique("report"):
+            self._reads_prompts.make_ready()  # or each worker takes a second and 180 MB for its own
         # a row of these alone is read in two thirds of the time
         self.rows = rows.select_columns(["row_id", "image", "report", "present", "absent", "entities"])
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared, so that live workers see it change

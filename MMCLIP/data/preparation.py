@@ -277,8 +277,12 @@ def _prepare_chunk(
     rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
     bad = []
     note = _at_work(output_dir, name, number)
+    chunk = table.to_pylist()
+    if draw is None:  # phantoms have no report yet
+        for row, entities in zip(chunk, recognizer.find([row["report"] or "" for row in chunk]), strict=True):
+            row["entities"] = [entity._asdict() for entity in entities]
     with note.open("w", encoding="utf-8") as current:
-        for row in table.to_pylist():
+        for row in chunk:
             current.seek(0)
             current.truncate()
             current.write(row["row_id"])
@@ -310,7 +314,8 @@ def prepare_row(row: dict, recognizer: Recognizer, options: PreparationOptions) 
 
     Raises ValueError for an image or mask that cannot be read.
     """
-    row["entities"] = [entity._asdict() for entity in recognizer(row["report"])] if row["report"] else []
+    if "entities" not in row:
+        row["entities"] = [entity._asdict() for entity in recognizer(row["report"])] if row["report"] else []
     if row["image"] is None:
         return {**row, "original_width": None, "original_height": None, "pixel_hash": ""}
     stored = row["image"]["bytes"] if row["image"]["bytes"] is not None else row["image"]["path"]

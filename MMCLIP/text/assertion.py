@@ -44,6 +44,11 @@ _DETERMINERS = frozenset("the a an there this it".split())
 _STATEMENT_STARTS = frozenset(
     "small mild moderate large severe tiny minimal stable unchanged persistent increased marked new trace".split()
 )
+_HEDGES = frozenset("possible possibly likely probable probably suspected questionable".split())
+# "No mass, edema is seen" goes on denying, "No mass, the heart is large" and "No mass, lungs are hyperinflated" do not.
+_PERCEIVED = frozenset(
+    "seen identified noted demonstrated visualized evident appreciated present detected visible".split()
+)
 _NEGATORS = frozenset("no not without".split())
 _LIST_GAP = 4  # words at most between an alternative and its "or"
 
@@ -147,9 +152,15 @@ def _clause_borders(items: list[_Item], words: Sequence[Word], first: int, stop:
         if (
             (left and right)
             or any(words[i].text in _MODALS for i in range(position + 1, limit))
+            or (following in _HEDGES and last_alternative < position)
+            or (
+                right
+                and last_alternative < position
+                and not any(words[i].text in _PERCEIVED for i in range(position, stop))
+            )
             or following in _DETERMINERS
             or following in _NEGATORS
-            or (words[position].text == "," and following in _STATEMENT_STARTS and last_alternative < position)
+            or (following in _STATEMENT_STARTS and last_alternative < position)
         ):
             borders.append(position)
     return sorted({*borders, stop})

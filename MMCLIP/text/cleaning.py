@@ -82,7 +82,8 @@ _SPOKEN_PARAGRAPH = re.compile(r"[ \t]*\b(?:new|next) paragraph\b[ \t]*", re.IGN
 # up to the end of its sentence or line
 _SIGNATURE = re.compile(
     r"(?:^|(?<=[.!?;\n]))[ \t]*(?:END OF (?:THE )?(?:REPORT|IMPRESSION|FINDINGS|DICTATION|ADDENDUM)\b[ \t]*[.:]*|"
-    r"(?:(?:report|electronically|digitally)[ \t]+)?(?:dictated|signed|transcribed|approved|verified|authenticated)"
+    r"(?:(?:(?:report|electronically|digitally)[ \t]+)?(?:dictated|signed|transcribed)|"
+    r"(?:report|electronically|digitally)[ \t]+(?:approved|verified|authenticated))"  # "verified by CT" is a finding's
     r"(?:[ \t]+(?:and|electronically|dictated|signed|reviewed|approved|but|not|read)){0,4}[ \t]*(?:\bby\b|:)"
     r"(?:\b(?:drs?|mrs?|ms|prof|[a-z])\.|[^.\n]|\.(?=\S))*\.?)",
     re.IGNORECASE,

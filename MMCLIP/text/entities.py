@@ -86,9 +86,10 @@ class LexiconRecognizer(Recognizer):
         return [self._find(text) for text in texts]
 
     def _find(self, text: str) -> list[Entity]:
+        self.make_ready()
         words = find_words(text)
         sentence_of = sentence_numbers(text, words)
-        matches = [match for match in self._phrases.find(words) if _is_meant(match, words, text)]
+        matches = [match for match in self._index.find(words) if _is_meant(match, words, text)]
         spans: dict[tuple[int, int], Concept] = {}
         cues = []
         for match in longest(matches, sentence_of):
@@ -102,14 +103,13 @@ class LexiconRecognizer(Recognizer):
         ]
         return asserted(words, sentence_of, sorted(spans), found, cues)
 
-    @property
-    def _phrases(self) -> PhraseIndex:
-        if self._index is None:  # not in a process that only asks for the fingerprint
+    def make_ready(self) -> None:
+        """Build the index of phrases now: what the first text does otherwise, in each process that has none."""
+        if self._index is None:
             self._index = add_cues(PhraseIndex())
             for concept in self.concepts.values():
                 for phrase, in_capitals in _wordings(concept):
                     self._index.add(phrase, (concept, in_capitals))
-        return self._index
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_index": None}  # spaCy's matchers cannot go to another process
@@ -129,7 +129,7 @@ def _is_meant(match: Match, words: Sequence[Word], text: str) -> bool:
     if isinstance(match.value, Cue):
         return True
     concept, in_capitals = match.value
-    if concept.kind == "normal" and match.stop < len(words) and words[match.stop].text == "of":
+    if concept.kind == "normal" and match.stop < len(words) and words[match.stop].text in ("of", "to"):
         return False
     letters = text[words[match.first].start : words[match.stop - 1].end].rstrip("s") if in_capitals else ""
     return not in_capitals or (letters.isupper() and not (letters in ALSO_WORDS and is_all_capitals(text)))
@@ -172,7 +172,7 @@ def rules_fingerprint(state: bytes) -> str:
     """Of `state` and of the code that all recognisers share."""
     code = [
         Path(__file__).with_name(name).read_bytes()
-        for name in ("entities.py", "assertion.py", "lexicon.py", "sentences.py", "cues.yaml")
+        for name in ("entities.py", "assertion.py", "lexicon.py", "recognizers.py", "sentences.py", "cues.yaml")
     ]
     return hashlib.sha256(b"".join([*code, state])).hexdigest()
 
@@ -202,15 +202,15 @@ def load_recognizer(name: str = "lexicon", labels: Mapping[str, str | None] | No
     )
 
 
-def parse_labels(text: str | None) -> dict[str, str | None]:
-    """What the labels of a recogniser mean, from JSON: '{"DISEASE": "disease", "CHEMICAL": null}'; {} for nothing.
+def parse_labels(text: str | Mapping | None) -> dict[str, str | None]:
+    """What the labels of a recogniser mean, a map or JSON: '{"DISEASE": "disease", "CHEMICAL": null}'.
 
     Raises ValueError for anything but a map of text to text or null.
     """
     if not text:
         return {}
     try:
-        labels = json.loads(text)
+        labels = json.loads(text) if isinstance(text, str) else dict(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"recognizer_labels is {text!r}, which is no JSON: {error}.") from error
     if not isinstance(labels, dict) or not all(value is None or isinstance(value, str) for value in labels.values()):
@@ -226,8 +226,8 @@ def report_labels(entities: Iterable[Entity]) -> tuple[list[str], list[str], lis
     Findings, diseases and devices of the vocabulary count; concepts of other models are no labels. A present label
     makes its broader ones present too ("covid-19" -> "pneumonia"), a statement of normality makes the labels it
     excludes absent. Where a report says both, present wins over uncertain and uncertain over absent. "no finding" is
-    present when the report says so and names no finding or disease as present; with one it is absent. Devices leave it
-    alone, as in CheXpert.
+    present when the report says so and names no finding or disease as present or uncertain; with one that is present it
+    is absent. Devices leave it alone, as in CheXpert.
     """
     concepts = vocabulary()
     said: dict[str, set[str]] = {assertion: set() for assertion in ASSERTIONS}
@@ -243,7 +243,7 @@ def report_labels(entities: Iterable[Entity]) -> tuple[list[str], list[str], lis
             normal |= entity.concept == NO_FINDING
     if any(concepts[name].kind != "device" for name in said["present"]):
         said["absent"].add(NO_FINDING)
-    elif normal:
+    elif normal and not any(concepts[name].kind != "device" for name in said["uncertain"]):
         said["present"].add(NO_FINDING)
     said["uncertain"] -= said["present"]
     said["absent"] -= said["present"] | said["uncertain"]

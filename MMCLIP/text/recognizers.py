@@ -4,10 +4,15 @@ They say where an entity is and of which kind. Which concept it is comes from th
 the rules of assertion.py, unless the model's own label or pipeline says so.
 """
 
+import bisect
+import functools
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
+
+import torch
 
 from .assertion import ASSERTIONS, add_cues
 from .entities import Entity, LexiconRecognizer, Recognizer, asserted, rules_fingerprint, sentence_numbers
@@ -18,7 +23,7 @@ from .vocabulary import KINDS, LABEL_KINDS
 # What the labels of known models mean; None: no entity for us. In lower case, without the B- and I- of token labels.
 KNOWN_LABELS: dict[str, str | None] = {
     # the vocabulary's own kinds come first, see `_meaning`
-    "problem": "finding", "test": None, "treatment": "device",  # i2b2 2010
+    "problem": "finding", "test": None, "treatment": None,  # i2b2 2010
     "disease": "disease", "chemical": None, "entity": "finding",  # BC5CDR and the scispaCy pipelines
     "observation": "finding", "observation_modifier": "descriptor", "anatomy_modifier": "descriptor",
     "uncertainty": None,  # the five labels of RadLex-based radiology taggers, with anatomy
@@ -60,12 +65,13 @@ class _ModelRecognizer(Recognizer):
     def _entities(self, text: str, spans: Sequence[_Span]) -> list[Entity]:
         words = find_words(text)
         sentence_of = sentence_numbers(text, words)
+        starts, ends = [word.start for word in words], [word.end for word in words]
         taken = [False] * len(words)
         chosen = []
         for span in sorted(spans, key=lambda span: (span.start - span.end, span.start)):
             meaning = self.meanings.get(span.label)
-            inside = [i for i, word in enumerate(words) if word.start < span.end and word.end > span.start]
-            if meaning is None or not inside or any(taken[i] for i in inside):
+            inside = range(bisect.bisect_right(ends, span.start), bisect.bisect_left(starts, span.end))
+            if meaning is None or len(inside) == 0 or any(taken[i] for i in inside):
                 continue
             kept = [i for i in inside if sentence_of[i] == sentence_of[inside[0]]]
             first, stop = kept[0], kept[-1] + 1
@@ -122,8 +128,7 @@ def _meaning(name: str, labels: Mapping[str, str | None], where: str) -> tuple[s
 class SpacyRecognizer(_ModelRecognizer):
     """The entities of a spaCy pipeline: `SpacyRecognizer("en_core_sci_sm")`, or a folder, or a loaded pipeline.
 
-    Where the pipeline has a component `negex` (negspacy) its verdict counts: absent where it negates, else what the
-    rules here say, but never absent.
+    Where the pipeline has a component `negex` (negspacy), what it negates is absent; the rest is as the rules here say.
 
     Args:
         pipeline: What `spacy.load` takes, or a `Language` with a component that sets `doc.ents`.
@@ -153,7 +158,7 @@ class SpacyRecognizer(_ModelRecognizer):
             )
         super().__init__(sorted(names), labels, f"The spaCy pipeline {self.pipeline.meta.get('name', pipeline)!r}")
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         return rules_fingerprint(
             self.pipeline.to_bytes() + repr(self.meanings).encode() + self._lexicon.fingerprint.encode()
@@ -189,13 +194,19 @@ class TokenClassificationRecognizer(_ModelRecognizer):
     def __init__(self, model: str, labels: Mapping[str, str | None] | None = None, device: str = "cpu"):
         from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
 
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model)
+            loaded = AutoModelForTokenClassification.from_pretrained(model).eval()
+        except OSError as error:
+            raise ValueError(f"There is no token-classification model {model!r}: {error}") from error
         if not tokenizer.is_fast:
             raise ValueError(
                 f"{model}: its tokenizer is slow and gives no character offsets; save the fast one beside it."
             )
-        loaded = AutoModelForTokenClassification.from_pretrained(model).eval()
         limit = getattr(loaded.config, "max_position_embeddings", None) or tokenizer.model_max_length
+        table = getattr(getattr(loaded.base_model, "embeddings", None), "position_embeddings", None)
+        if getattr(table, "padding_idx", None) is not None:  # RoBERTa counts its positions from there
+            limit -= table.padding_idx + 1
         tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
         self.pipeline = pipeline(
             "token-classification",
@@ -208,11 +219,14 @@ class TokenClassificationRecognizer(_ModelRecognizer):
         names = {name.removeprefix("B-").removeprefix("I-") for name in loaded.config.id2label.values()}
         super().__init__(sorted(names - {"O"}), labels, f"The model {model}")
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         state = hashlib.sha256(repr(self.meanings).encode() + self._lexicon.fingerprint.encode())
+        state.update(repr(self.pipeline.model.config.id2label).encode())
+        tokenizer = json.loads(self.pipeline.tokenizer.backend_tokenizer.to_str())
+        state.update(repr((tokenizer["normalizer"], tokenizer["pre_tokenizer"], tokenizer["model"])).encode())
         for name, tensor in self.pipeline.model.state_dict().items():
-            state.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+            state.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return rules_fingerprint(state.digest())
 
     def _spans(self, texts: Sequence[str]) -> Iterator[list[_Span]]:

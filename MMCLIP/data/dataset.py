@@ -5,12 +5,15 @@ from collections.abc import Iterable, Iterator
 import datasets
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from ..image_processing_mmclip import load_grayscale
 from ..text.entities import Entity, LexiconRecognizer, Recognizer, report_labels
 from ..text.prompts import has_side, sample_prompt
 from .manifest import ENTITIES
 
+
+logger = logging.get_logger(__name__)
 
 # Each use of randomness in a sample has its own stream, so that switching one off leaves the others as they were.
 TEXT_STREAM, AUGMENTATION_STREAM, COLLATOR_STREAM, BATCH_STREAM = range(4)
@@ -183,6 +186,7 @@ def find_entities(rows: datasets.Dataset, recognizer: Recognizer) -> datasets.Da
     if "entities" in rows.column_names:
         if rows.unique("entities_by") == [recognizer.fingerprint]:
             return rows
+        logger.warning("The prepared entities were found by another recogniser, or an older one; finding them anew.")
         rows = rows.remove_columns(["entities", "entities_by"])
 
     def found(reports: list[str | None]) -> dict[str, list]:

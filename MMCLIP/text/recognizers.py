@@ -102,8 +102,8 @@ class _ModelRecognizer(Recognizer):
 
 
 _HOW_TO = (
-    f"say with `labels` what each means: one of {', '.join(KINDS)}, if need be with the assertion ('finding:absent'), "
-    "or null for no entity."
+    "say with `labels` (`recognizer_labels` in a command) what each means: one of "
+    f"{', '.join(KINDS)}, if need be with the assertion ('finding:absent'), or null for no entity."
 )
 
 

@@ -19,18 +19,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import spacy
 import transformers
 import yaml
 from benchmark_tools import argument_parser, in_turns, machine, write_results
 
 from MMCLIP import MMCLIPProcessor
-from MMCLIP.data.collator import IGNORE, MMCLIPCollator
+from MMCLIP.data.collator import MMCLIPCollator
 from MMCLIP.data.phantom import phantom_row
 from MMCLIP.text.assertion import ASSERTIONS
 from MMCLIP.text.entities import Entity, LexiconRecognizer
 from MMCLIP.text.lexicon import find_words
+from MMCLIP.text.masking import MASKING_COUNTS
 from MMCLIP.text.sentences import split_sentences
 from MMCLIP.text.vocabulary import KINDS, LABEL_KINDS, broader_labels, vocabulary
 
@@ -124,7 +124,7 @@ def measure_recall(reports: Sequence[dict], found: dict[str, list[Entity]], reco
                 meaningless[code.partition("/")[0]] += 1
     coded = collections.Counter(concept for _, concept in {(uid, rule.concepts[0]) for uid, rule in pairs})
     counted = {pair: code for pair, code in pairs.items() if coded[pair[1].concepts[0]] >= MIN_REPORTS}
-    misses, not_absent = [], 0
+    misses, missed, not_absent = [], collections.Counter(), 0
     for (uid, rule), code in counted.items():
         met = [entity for entity in found[uid] if _is_a(entity.concept, rule.concepts)]
         if met:
@@ -132,17 +132,13 @@ def measure_recall(reports: Sequence[dict], found: dict[str, list[Entity]], reco
         else:
             cause = _cause(by_uid[uid], found[uid], rule.concepts, recognizer)
             misses.append({"uid": uid, "code": code, "concepts": rule.concepts, "cause": cause})
+            missed[f"{rule.heading} ({rule.qualifiers})"] += 1
     results = {
         "recall": 1 - len(misses) / len(counted) if counted else None,
         "recall_not_absent": not_absent / len(counted) if counted else None,
         "recall_pairs": len(counted) or None,
     }
     rules = collections.Counter(f"{rule.heading} ({rule.qualifiers})" for _, rule in counted)
-    missed = collections.Counter(
-        f"{rule.heading} ({rule.qualifiers})"
-        for uid, rule in counted
-        if not any(_is_a(entity.concept, rule.concepts) for entity in found[uid])
-    )
     details = {
         "causes": dict(collections.Counter(miss["cause"] for miss in misses).most_common()),
         "headings": {name: {"pairs": number, "missed": missed[name]} for name, number in rules.most_common()},
@@ -236,19 +232,15 @@ def measure_coverage(reports: Sequence[dict], found: dict[str, list[Entity]]) ->
 def count_masked(texts: dict[str, str], found: dict[str, list[Entity]], batch_size: int = 64) -> tuple[int, int]:
     """(hidden, all) tokens, special ones left out, of one epoch with the defaults of `MMCLIPCollator`."""
     transformers.logging.set_verbosity_error()  # the longest reports are cut
-    processor = MMCLIPProcessor()
-    collator = MMCLIPCollator(processor, num_patches=1)
-    special = processor.tokenizer.all_special_ids
+    collator = MMCLIPCollator(MMCLIPProcessor(), num_patches=1, count_masks=True)
     samples = [
         {"image": None, "text": text, "entities": found[uid], "present": [], "absent": [], "sample_seed": (0, 0, index)}
         for index, (uid, text) in enumerate(texts.items())
     ]
-    hidden = tokens = 0
-    for start in range(0, len(samples), batch_size):
-        batch = collator(samples[start : start + batch_size])
-        hidden += int((batch["mlm_labels"] != IGNORE).sum())
-        tokens += int((~np.isin(batch["input_ids"].numpy(), special)).sum())
-    return hidden, tokens
+    batches = (collator(samples[start : start + batch_size]) for start in range(0, len(samples), batch_size))
+    counted = sum(batch["masking_counts"].sum(dim=0) for batch in batches).tolist()
+    counts = dict(zip(MASKING_COUNTS, counted, strict=True))
+    return counts["hidden_tokens"], counts["tokens"]
 
 
 # ---------------------------------------------------------------------------------------------- present, absent or what

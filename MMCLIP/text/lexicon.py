@@ -68,16 +68,14 @@ class PhraseIndex:
         self._matcher = PhraseMatcher(self._vocab)
         self._values: dict[int, list] = {}
 
-    def add(self, phrase: str, value: Any) -> list:
-        """Let `phrase` stand for `value`, too. Returns all that it stands for, `value` the last."""
+    def add(self, phrase: str, value: Any) -> None:
+        """Let `phrase` stand for `value`, too."""
         stems = [word.stem for word in find_words(phrase)]
         name = "\x1f".join(stems)
         key = self._vocab.strings.add(name)
         if key not in self._values:
             self._matcher.add(name, [self._doc(stems)])
-        values = self._values.setdefault(key, [])
-        values.append(value)
-        return values
+        self._values.setdefault(key, []).append(value)
 
     def find(self, words: Sequence[Word]) -> list[Match]:
         """Every occurrence of every phrase, overlapping ones too, the longest first, then from left to right."""

@@ -118,13 +118,9 @@ def xml_studies(folder: Path, report_problem: Report) -> Iterator[tuple]:
             continue
         sections: dict[str, str] = {}
         for e in root.iter("AbstractText"):
-            name, body = (
-                e.get("Label", "").strip().lower(),
-                "".join(e.itertext()).strip(),
-            )  # with what <sup> and such hold
-            sections[name] = (
-                f"{sections[name]}\n\n{body}" if sections.get(name) and body else sections.get(name) or body
-            )
+            name = e.get("Label", "").strip().lower()
+            parts = (sections.get(name), "".join(e.itertext()).strip())  # with what <sup> and such hold
+            sections[name] = "\n\n".join(filter(None, parts))
         terms = [(e.text or "").strip().lower() for e in root.iter("automatic")]
         if not terms:
             terms = [term for e in root.iter("major") if (term := (e.text or "").strip().lower()) == "normal"]

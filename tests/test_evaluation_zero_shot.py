@@ -56,6 +56,7 @@ class AngleModel(nn.Module):
     """Positive texts lie at (1, 0), negative ones at (0, 1); an image of grey level g at (g, sqrt(1 - g²))."""
 
     device, dtype = torch.device("cpu"), torch.float32
+    config = SimpleNamespace(projection_dim=2)
 
     def __init__(self, scale: float = 10.0):
         super().__init__()
@@ -66,10 +67,12 @@ class AngleModel(nn.Module):
     def similarity_scale(self):
         return self.logit_scale.exp()
 
-    def get_image_features(self, pixel_values):
+    def encode_image(self, pixel_values):
         assert not self.dropout.training and not torch.is_grad_enabled()
-        cosine = pixel_values.flatten(1)[:, 0]
-        return SimpleNamespace(pooler_output=torch.stack([cosine, (1 - cosine**2).sqrt()], dim=-1))
+        return pixel_values.flatten(1)[:, :1], None, None
+
+    def project_image(self, pooled):
+        return torch.cat([pooled, (1 - pooled**2).sqrt()], dim=-1)
 
     def get_text_features(self, input_ids, attention_mask):
         self.num_texts += len(input_ids)

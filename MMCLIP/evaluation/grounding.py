@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 
 from ..modeling_mmclip import evaluating
 from ..text.prompts import negative_prompts, positive_prompts
+from .embeddings import pixel_value_batches
 from .metrics import auroc, percentile_interval, resample_patients
-from .zero_shot import pixel_value_batches
 
 
 class GroundingPair(NamedTuple):

@@ -4,19 +4,17 @@ Follows CheXzero and CXR-CLIP: P(present) is the softmax over the pair (positive
 Which texts, and how several of a side become one score, is told by a `PromptSet` of `MMCLIP/text/prompt_sets.py`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import datasets
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
-from ..modeling_mmclip import evaluating
 from ..text.prompt_sets import PromptSet, prompt_set
 from ..text.vocabulary import canonical_label, with_broader_labels
+from .embeddings import EmbeddingCache, image_features, text_features
 from .metrics import UNKNOWN, classification_metrics
 
 
@@ -37,91 +35,47 @@ class ZeroShotPredictions(NamedTuple):
         return torch.from_numpy(self.margins).sigmoid().numpy()
 
 
-class _Images(Dataset):
-    """Image sources (rows of a manifest, or a list of anything the processor reads) -> (C, H, W) `pixel_values`."""
-
-    def __init__(self, processor, images: Sequence | datasets.Dataset):
-        self.processor = processor
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        image, where = self.images[index], f"Image {index}"
-        if isinstance(self.images, datasets.Dataset):
-            image, where = image["image"], f"Row {image['row_id']!r}"
-        try:
-            pixel_values = self.processor.image_processor([image], return_tensors="pt")["pixel_values"]
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        return pixel_values[0]
-
-
-def pixel_value_batches(
-    processor, images: Sequence | datasets.Dataset, batch_size: int, num_workers: int = 0, progress: str = ""
-) -> Iterator[Tensor]:
-    """Batches (B, C, H, W) of `images` in order; `progress` names a progress bar, "" shows none."""
-    columns = ["row_id", "image"]
-    if isinstance(images, datasets.Dataset):
-        images = images.select_columns(columns)  # masks and reports would be read for nothing
-    loader = DataLoader(_Images(processor, images), batch_size=batch_size, num_workers=num_workers)
-    yield from tqdm(loader, desc=progress, unit="batch", disable=not progress)
-
-
-def embed_images(
+def side_logits(
     model,
     processor,
-    images: Sequence | datasets.Dataset,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    progress: str = "",
+    image_embeds: Tensor,
+    labels: Sequence[str],
+    prompts: str | PromptSet = "mmclip",
+    cache: EmbeddingCache | None = None,
 ) -> Tensor:
-    """Projected, L2-normalised embeddings (n, D) of `images`, float64 on the CPU."""
-    embeds = []
-    with evaluating(model):
-        for pixel_values in pixel_value_batches(processor, images, batch_size, num_workers, progress):
-            pixel_values = pixel_values.to(device=model.device, dtype=model.dtype)
-            embeds.append(model.get_image_features(pixel_values=pixel_values).pooler_output.double().cpu())
-    if not embeds:
-        raise ValueError("There is no image to embed. Check the split and the filters of the rows.")
-    return torch.cat(embeds)
-
-
-def embed_texts(model, processor, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-    """Projected, L2-normalised embeddings (n, D) of `texts`, float64 on the CPU."""
-    embeds = []
-    with evaluating(model):
-        for start in range(0, len(texts), batch_size):
-            tokens = processor(text=list(texts[start : start + batch_size]), return_tensors="pt").to(model.device)
-            output = model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-            embeds.append(output.pooler_output.double().cpu())
-    return torch.cat(embeds)
-
-
-def prompt_margins(
-    model, processor, image_embeds: Tensor, labels: Sequence[str], prompts: str | PromptSet = "mmclip"
-) -> Tensor:
-    """Logits of the positive minus the negative side of each label, (n, F) float64, for `image_embeds` (n, D).
+    """Scaled similarity of `image_embeds` (n, D) to the positive and the negative side of labels, (n, F, 2) float64.
 
     `prompts` is a set, or what `prompt_set` takes. The texts of a side count as its `pooling` says; a side without
     texts counts 0. Every text goes through the tower once.
     """
     prompts = prompt_set(prompts) if isinstance(prompts, str) else prompts
     sides = [side for pair in prompts.texts(labels) for side in pair]
-    embeds = embed_texts(model, processor, [text for side in sides for text in side]).split([len(s) for s in sides])
-    scale = model.similarity_scale().detach().double().cpu()
+    texts = text_features(model, processor, [text for side in sides for text in side], cache=cache).double()
+    parts = texts.split([len(side) for side in sides])
+    images = image_embeds.double()
     if prompts.pooling == "max_score":
-        none = image_embeds.new_zeros(len(image_embeds))
-        best = [(image_embeds @ part.T).amax(dim=1) if len(part) else none for part in embeds]
-        return scale * (torch.stack(best[::2], dim=1) - torch.stack(best[1::2], dim=1))
-    # the mean of similarities is the similarity to the mean
-    means = torch.stack([part.mean(dim=0) if len(part) else part.new_zeros(part.shape[1]) for part in embeds])
-    if prompts.pooling == "mean_embedding":
-        means = nn.functional.normalize(means, dim=-1)
-    means = means.unflatten(0, (len(labels), 2))
-    # softmax over a pair is the sigmoid of the difference; (n, D) @ (D, F) in float64
-    return scale * image_embeds @ (means[:, 0] - means[:, 1]).T
+        none = images.new_zeros(len(images))
+        similarity = torch.stack([(images @ p.T).amax(dim=1) if len(p) else none for p in parts], dim=1)
+    else:
+        # the mean of similarities is the similarity to the mean
+        means = torch.stack([part.mean(dim=0) if len(part) else part.new_zeros(part.shape[1]) for part in parts])
+        if prompts.pooling == "mean_embedding":
+            means = nn.functional.normalize(means, dim=-1)
+        similarity = images @ means.T
+    return model.similarity_scale().detach().double().cpu() * similarity.unflatten(1, (len(labels), 2))
+
+
+def prompt_margins(
+    model,
+    processor,
+    image_embeds: Tensor,
+    labels: Sequence[str],
+    prompts: str | PromptSet = "mmclip",
+    cache: EmbeddingCache | None = None,
+) -> Tensor:
+    """Logits of the positive minus the negative side of each label, (n, F) float64: see [`side_logits`]."""
+    logits = side_logits(model, processor, image_embeds, labels, prompts, cache)
+    return logits[..., 0] - logits[..., 1]  # softmax over a pair is the sigmoid of the difference
 
 
 def zero_shot_scores(
@@ -140,8 +94,12 @@ def zero_shot_scores(
     through a softmax at the model's temperature. `prompts` is a set of prompts, its name, or a YAML file of one's own.
     The model stays in the mode it was in.
     """
-    image_embeds = embed_images(model, processor, images, batch_size, num_workers, progress)
-    return prompt_margins(model, processor, image_embeds, labels, prompts).sigmoid().numpy()
+    if isinstance(labels, str):
+        raise ValueError(f"`labels` must be a list of labels, but is the text {labels!r}. Write [{labels!r}].")
+    features = image_features(
+        model, processor, images, batch_size=batch_size, num_workers=num_workers, progress=progress
+    )
+    return prompt_margins(model, processor, features.embeds, labels, prompts).sigmoid().numpy()
 
 
 def label_matrix(
@@ -250,6 +208,7 @@ def evaluate_zero_shot(
     seed: int = 0,
     num_workers: int = 0,
     progress: str = "",
+    cache: EmbeddingCache | None = None,
 ) -> tuple[dict, ZeroShotPredictions]:
     """Zero-shot metrics of a manifest, `{"zero_shot": {...}}`, and the scores behind them.
 
@@ -257,15 +216,17 @@ def evaluate_zero_shot(
     label means that a row does not name is decided by `unlisted_is_absent` and `fully_labelled`, see [`label_matrix`].
     `prompts` is a set of prompts, its name, or a YAML file of one's own; it must have a text for every label. Rows
     without an image, and rows without a label, are left out and counted. Intervals draw patients with replacement,
-    equal names in two sources being two patients. Where rows come from several sources the AUROCs within each source
-    are added under `by_source`, as a source can give a label away.
+    equal names in two sources being two patients. With a `cache` each image is embedded once. Where rows come from
+    several sources the AUROCs within each source are added under `by_source`, as a source can give a label away.
     """
     kept, labels, lacking = _scored_rows(rows, labels)
     targets, num_by_rule = label_matrix(kept, labels, unlisted_is_absent, fully_labelled)
     prompts = prompt_set(prompts) if isinstance(prompts, str) else prompts
     prompts.texts(labels)  # a label without a text is an error before the long part
-    image_embeds = embed_images(model, processor, kept, batch_size, num_workers, progress)
-    margins = prompt_margins(model, processor, image_embeds, labels, prompts).numpy()
+    features = image_features(
+        model, processor, kept, cache=cache, batch_size=batch_size, num_workers=num_workers, progress=progress
+    )
+    margins = prompt_margins(model, processor, features.embeds, labels, prompts, cache).numpy()
 
     sources = kept["source"]
     patients = [f"{source}\0{name}" if name else "" for source, name in zip(sources, kept["patient_id"], strict=True)]

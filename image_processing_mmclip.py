@@ -809,6 +809,11 @@ class MMCLIPImageProcessor(PilBackend):
             grid = grid.reshape(side, side)
         if grid.ndim != 2 or grid.size == 0:
             raise ValueError(f"expected attention of shape (N,) or (rows, columns), got {grid.shape}.")
+        if self.do_resize and grid.shape[0] * self.size["width"] != grid.shape[1] * self.size["height"]:
+            raise ValueError(
+                f"expected square patches of {self.size['height']} x {self.size['width']} pixels, but a map of "
+                f"{grid.shape[0]} x {grid.shape[1]} has none. Of a batch of maps, (B, N), give one: `attention[0]`."
+            )
         height, width = original_size
         box = (0.0, 0.0, float(grid.shape[1]), float(grid.shape[0]))
         if self.do_resize and self.do_pad:

@@ -706,9 +706,15 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
     ) -> Tensor:
         """Heat map of each text on its image: (B, N), patches in reading order, summing to 1 in each row.
 
+        One image goes with any number of texts, and is encoded once; one text, or one contrast, goes with all images.
         With a contrasting text ("There is no nodule." beside "There is a nodule."), where the patches answer the text
         more than that one. What both have in common no longer counts, which meets lesions better (RESULTS.md).
         """
+        counts = [len(one) for one in (pixel_values, input_ids, contrast_input_ids) if one is not None]
+        if len({*counts, 1}) > 2:
+            raise ValueError(
+                f"Expected as many images, texts and contrasts, or one of a kind for all of the others, got {counts}."
+            )
         patch_tokens = self.encode_image(pixel_values)[1]
         text_embeds = self.project_text(self.encode_text(input_ids, attention_mask)[0])
         if contrast_input_ids is not None:

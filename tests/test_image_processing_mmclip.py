@@ -296,6 +296,14 @@ def test_heatmaps_of_impossible_shape_are_refused(processor):
             processor.resize_heatmap(attention, (4, 4))
 
 
+def test_a_batch_of_maps_is_not_taken_for_one_map_of_as_many_rows(processor):
+    for batch in (np.ones((1, 16)), np.ones((3, 16))):
+        with pytest.raises(ValueError, match=r"`attention\[0\]`"):
+            processor.resize_heatmap(batch, (4, 4))
+    wide = MMCLIPImageProcessor(size={"height": 4, "width": 8})
+    np.testing.assert_allclose(wide.resize_heatmap(np.ones((2, 4)), (4, 4)), 1)
+
+
 # ------------------------------------------------------------------------------------------------------- files as found
 
 

@@ -501,6 +501,22 @@ def test_a_contrasting_text_takes_away_what_both_texts_share(batch):
     assert not torch.allclose(against_other, model.get_text_to_patch_attention(images, ids))
 
 
+def test_one_image_takes_many_texts_and_one_contrast_goes_with_all(batch):
+    model = MMCLIPModel(tiny_config()).eval()
+    ids, contrast = batch["input_ids"], batch["input_ids"][:1].flip(1)
+    encoded = []
+    model.vision_model.register_forward_hook(lambda module, inputs, output: encoded.append(len(output[0])))
+    maps = model.get_text_to_patch_attention(batch["pixel_values"][:1], ids, contrast_input_ids=contrast)
+    assert encoded == [1] and maps.shape == (4, 16)
+    repeated = batch["pixel_values"][:1].repeat(4, 1, 1, 1)
+    each = model.get_text_to_patch_attention(repeated, ids, contrast_input_ids=contrast.repeat(4, 1))
+    torch.testing.assert_close(maps, each)
+    one_text = model.get_text_to_patch_attention(batch["pixel_values"], ids[:1])
+    torch.testing.assert_close(one_text, model.get_text_to_patch_attention(batch["pixel_values"], ids[:1].repeat(4, 1)))
+    with pytest.raises(ValueError, match=r"got \[2, 4\]"):
+        model.get_text_to_patch_attention(batch["pixel_values"][:2], ids)
+
+
 def test_attentions_of_both_towers_are_returned_on_request(batch):
     model = MMCLIPModel(tiny_config()).eval()
     model.set_attn_implementation("eager")

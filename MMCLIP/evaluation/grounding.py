@@ -17,7 +17,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -131,7 +131,7 @@ def _covered(start: float, length: float, side: int) -> slice | None:
     return slice(begin, max(end, begin + 1))
 
 
-def _rows_with_lesions(rows: datasets.Dataset) -> list[int]:
+def rows_with_lesions(rows: datasets.Dataset) -> list[int]:
     """The rows with a mask or a box, found without making Python objects of them."""
     names = [name for name in ("masks", "boxes") if name in rows.column_names]
     found = [np.zeros(0, dtype=bool)]
@@ -140,7 +140,7 @@ def _rows_with_lesions(rows: datasets.Dataset) -> list[int]:
     return np.flatnonzero(np.concatenate(found)).tolist()
 
 
-def _image_size(row: dict) -> tuple[int, int]:
+def image_size(row: dict) -> tuple[int, int]:
     """(height, width) of the image upright and with square pixels, as it is seen by the processor."""
     return load_shrunk(row["image"], 1, f"Row {row['row_id']!r}")[1][::-1]
 
@@ -179,13 +179,13 @@ def row_pairs(rows: datasets.Dataset, index: int) -> list[GroundingPair]:
     wholly outside is an error.
     """
     row = rows[index]
-    return _row_pairs(row, index, _image_size(row))
+    return _row_pairs(row, index, image_size(row))
 
 
 def example_pairs(rows: datasets.Dataset, num: int = 6) -> list[GroundingPair]:
     """The first pairs of the rows, each with another finding while there are others: not chosen for success."""
     chosen, repeats, seen = [], [], set()
-    for index in _rows_with_lesions(rows):
+    for index in rows_with_lesions(rows):
         if rows[index]["image"] is None:
             continue
         for pair in row_pairs(rows, index):
@@ -242,6 +242,35 @@ def grounding_heatmaps(
             for (_, number), one in zip(taken, attention, strict=True):
                 heatmaps[number] = processor.resize_heatmap(one, pairs[number].mask.shape)
     return heatmaps
+
+
+def sentence_heatmaps(
+    model, processor, image: Any, texts: Sequence[str], against: str | Sequence[str] | None = None
+) -> np.ndarray:
+    """The heat map of each sentence on one image, (T, height, width) float32 at the size of the original.
+
+    `image` is anything that the processor reads, a DICOM file too. `against` is a sentence for each text, or one for
+    all, usually the denial: the map then shows where the patches answer the text more than that. Without it a map
+    shows mostly what all sentences share.
+    """
+    texts, against = list(texts), [against] if isinstance(against, str) else against
+    if not texts or not all(text.strip() for text in [*texts, *(against or ())]):
+        raise ValueError("Expected one or more sentences for a heat map, but there is none or one is empty.")
+    if against is not None and len(against) not in (1, len(texts)):
+        raise ValueError(f"`against` must be one sentence, or one for each of {len(texts)} texts, got {len(against)}.")
+    pixel_values = processor.image_processor([image], return_tensors="pt")["pixel_values"]
+    tokens = processor(text=texts, return_tensors="pt").to(model.device)
+    contrast = {} if against is None else processor(text=list(against), return_tensors="pt").to(model.device)
+    with evaluating(model):
+        attention = model.get_text_to_patch_attention(
+            pixel_values=pixel_values.to(device=model.device, dtype=model.dtype),
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+            contrast_input_ids=contrast.get("input_ids"),
+            contrast_attention_mask=contrast.get("attention_mask"),
+        )
+    size = load_shrunk(image, 1)[1][::-1]
+    return np.stack([processor.resize_heatmap(one, size) for one in attention.float()])
 
 
 def heatmap_scores(heatmap: np.ndarray, mask: np.ndarray) -> HeatmapScores:
@@ -305,7 +334,7 @@ class _Truths(torch.utils.data.Dataset):
             return ["no image"] * len({lesion["finding"] for lesion in lesions})
         # equal names in two sources are two patients; without a name an image is a patient of its own
         patient = f"{row['source']}\0{row['patient_id']}" if row["patient_id"] else f"\0{row['row_id']}"
-        size = _image_size(row)
+        size = image_size(row)
         pairs = _row_pairs(row, index, size)
         stated = frozenset([*(row["present"] or ()), *(pair.finding for pair in pairs)])
         found: list[_Truth | str] = []
@@ -324,7 +353,7 @@ class _Truths(torch.utils.data.Dataset):
 def _find_truths(rows: datasets.Dataset, num_workers: int) -> tuple[list[_Truth], dict[str, int]]:
     """Every pair that can be measured, in the order of the rows, and how many cannot be, by reason."""
     reader = DataLoader(
-        _Truths(rows, _rows_with_lesions(rows)), batch_size=None, num_workers=num_workers, collate_fn=list
+        _Truths(rows, rows_with_lesions(rows)), batch_size=None, num_workers=num_workers, collate_fn=list
     )
     found = [entry for entries in reader for entry in entries]
     truths = [entry for entry in found if isinstance(entry, _Truth)]

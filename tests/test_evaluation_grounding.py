@@ -20,6 +20,7 @@ from MMCLIP.evaluation.grounding import (
     MEASURES,
     OTHER_FINDINGS,
     box_mask,
+    compare_grounding,
     evaluate_grounding,
     example_pairs,
     grounding_heatmaps,
@@ -346,6 +347,30 @@ def test_one_patient_alone_has_no_interval(pointing):
     result = evaluate_grounding(*pointing, rows, num_bootstrap=100)[0]
     assert result["heatmap_auroc_ci"] is None and result["per_finding"]["mass"]["pointing_game_ci"] is None
     assert result["controls"]["prior"]["heatmap_auroc_difference_ci"] is None
+
+
+def test_a_model_that_is_better_for_every_patient_leads_in_every_draw(pointing):
+    rows = make_rows(*[[("mass", "", TOP), ("edema", "", LEFT)]] * 4)
+    worse = evaluate_grounding(*pointing, rows, num_bootstrap=0)[1]
+    better = worse._replace(values={"map": worse.values["map"] + np.linspace(0.1, 0.3, 8)[:, None]})
+    result = compare_grounding(better, worse, num_bootstrap=199)
+    for entry in (result["heatmap_auroc"], result["macro"]["heatmap_auroc"]):
+        assert entry["difference"] == pytest.approx(0.2) and entry["difference"] == entry["first"] - entry["second"]
+        assert 0.1 <= entry["difference_ci"][0] < 0.2 < entry["difference_ci"][1] <= 0.3
+        assert entry["p_value"] == pytest.approx(2 / 200)
+    other_way = compare_grounding(worse, better, num_bootstrap=199)["heatmap_auroc"]
+    assert other_way["difference"] == pytest.approx(-0.2) and other_way["p_value"] == pytest.approx(2 / 200)
+    assert compare_grounding(worse, worse, num_bootstrap=199)["heatmap_auroc"]["p_value"] == 1
+    assert compare_grounding(better, worse, num_bootstrap=0)["heatmap_auroc"]["p_value"] is None
+
+
+def test_scores_of_other_pairs_are_not_compared(pointing):
+    both = evaluate_grounding(*pointing, make_rows([("mass", "", TOP)], [("edema", "", LEFT)]), num_bootstrap=0)[1]
+    one = evaluate_grounding(*pointing, make_rows([("mass", "", TOP)]), num_bootstrap=0)[1]
+    with pytest.raises(ValueError, match="`row_ids` differ.*2 and 1 pairs"):
+        compare_grounding(both, one)
+    with pytest.raises(ValueError, match="`truths` differ"):
+        compare_grounding(both, both._replace(truths=["mask", "box"]))
 
 
 def test_the_table_has_a_line_for_each_pair_with_all_its_scores(pointing):

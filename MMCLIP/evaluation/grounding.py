@@ -488,22 +488,11 @@ def grounding_metrics(scores: GroundingScores, num_bootstrap: int = 1000, seed: 
     `macro` uses the draws that hold every finding.
     """
     values = np.concatenate(list(scores.values.values()), axis=1)  # (n, maps * measures), the map itself first
-    findings = np.array(scores.findings)
-    names = sorted(set(scores.findings))
-    groups = [np.arange(len(values)), *(np.flatnonzero(findings == name) for name in names)]
+    names, groups = _groups(scores)
     means = np.stack([values[group].mean(axis=0) for group in groups])  # (1 + findings, maps * measures)
     shares = np.array([scores.shares[group].mean() for group in groups])
-    draws = np.concatenate(
-        [np.empty((len(groups), 0, values.shape[1]))]
-        + [
-            np.stack([_weighted_means(weights[:, group], values[group]) for group in groups])
-            for weights in resample_patients(scores.patient_ids, len(values), num_bootstrap, seed)
-        ],
-        axis=1,
-    )
-    patients = np.array(scores.patient_ids)
-    num_patients = [len(set(patients[group])) for group in groups]
-    draws[np.array(num_patients) < 2] = np.nan  # one patient says nothing of how others would differ
+    draws = _draws(values, groups, scores.patient_ids, num_bootstrap, seed)
+    num_patients = [len({scores.patient_ids[number] for number in group}) for group in groups]
     macro = _described(means[1:].mean(axis=0), draws[1:].mean(axis=0), shares[1:].mean(), num_bootstrap)
     described = [
         _described(means[number], draws[number], shares[number], num_bootstrap)
@@ -521,11 +510,26 @@ def grounding_metrics(scores: GroundingScores, num_bootstrap: int = 1000, seed: 
     }
 
 
-def _weighted_means(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """(R, n), (n, K) -> (R, K), NaN where no row has weight."""
-    total = weights.sum(axis=1, keepdims=True)
-    with np.errstate(invalid="ignore"):
-        return weights @ values / total
+def _groups(scores: GroundingScores) -> tuple[list[str], list[np.ndarray]]:
+    """The findings in order, and the pairs of all of them followed by those of each."""
+    findings, names = np.array(scores.findings), sorted(set(scores.findings))
+    return names, [np.arange(len(findings)), *(np.flatnonzero(findings == name) for name in names)]
+
+
+def _draws(
+    values: np.ndarray, groups: Sequence[np.ndarray], patient_ids: Sequence[str], num_bootstrap: int, seed: int
+) -> np.ndarray:
+    """Bootstrap means of `values` (n, K) over each group: (groups, R, K), NaN where none of it was drawn."""
+    blocks = [np.empty((len(groups), 0, values.shape[1]))]
+    for weights in resample_patients(patient_ids, len(values), num_bootstrap, seed):
+        totals = [weights[:, group].sum(axis=1, keepdims=True) for group in groups]
+        with np.errstate(invalid="ignore"):
+            blocks.append(np.stack([weights[:, g] @ values[g] / t for g, t in zip(groups, totals, strict=True)]))
+    draws = np.concatenate(blocks, axis=1)
+    patients = np.array(patient_ids)
+    # one patient says nothing of how others would differ
+    draws[[len(set(patients[group])) < 2 for group in groups]] = np.nan
+    return draws
 
 
 def _described(means: np.ndarray, draws: np.ndarray, share: float, num_bootstrap: int) -> dict:
@@ -548,6 +552,46 @@ def _described(means: np.ndarray, draws: np.ndarray, share: float, num_bootstrap
                 f"{measure}_difference_ci": percentile_interval(lead, num_bootstrap),
             }
     return result | {"controls": controls}
+
+
+def compare_grounding(
+    first: GroundingScores, second: GroundingScores, num_bootstrap: int = 1000, seed: int = 0
+) -> dict:
+    """Two models on the same pairs: each measure of both, `first` minus `second`, its 95 % interval and p-value.
+
+    Patients are drawn for both alike. The p-value is two-sided: twice the smaller share of draws on one side of 0,
+    each share with one draw added, so that it is never 0. Given over pairs and, under `macro`, over findings. Raises
+    `ValueError` where the pairs or their truths differ.
+    """
+    for name in ("row_ids", "patient_ids", "findings", "truths"):
+        if getattr(first, name) != getattr(second, name):
+            raise ValueError(
+                f"Only scores of the same pairs can be compared, but their `{name}` differ ({len(first.row_ids)} and "
+                f"{len(second.row_ids)} pairs). Evaluate both models on the same rows."
+            )
+    groups = _groups(first)[1]
+    values = np.concatenate([first.values["map"], second.values["map"]], axis=1)  # (n, 2 * measures)
+    means = np.stack([values[group].mean(axis=0) for group in groups])
+    draws = _draws(values, groups, first.patient_ids, num_bootstrap, seed)
+    result = _compared(means[0], draws[0], num_bootstrap)
+    return result | {"macro": _compared(means[1:].mean(axis=0), draws[1:].mean(axis=0), num_bootstrap)}
+
+
+def _compared(means: np.ndarray, draws: np.ndarray, num_bootstrap: int) -> dict:
+    result = {}
+    for column, measure in enumerate(MEASURES):
+        lead = draws[:, column] - draws[:, column + len(MEASURES)]
+        interval = percentile_interval(lead, num_bootstrap)
+        lead = lead[~np.isnan(lead)]
+        rarer = min((lead <= 0).sum(), (lead >= 0).sum())
+        result[measure] = {
+            "first": float(means[column]),
+            "second": float(means[column + len(MEASURES)]),
+            "difference": float(means[column] - means[column + len(MEASURES)]),
+            "difference_ci": interval,
+            "p_value": None if interval is None else min(1.0, float(2 * (1 + rarer) / (1 + len(lead)))),
+        }
+    return result
 
 
 def heatmap_auroc(

@@ -78,14 +78,23 @@ def test_a_second_pass_takes_the_cached_features(real, monkeypatch, tmp_path):
     assert seen == [3, 3]
 
 
-@pytest.mark.parametrize("change", ["picture", "order", "name"])
-def test_other_rows_are_embedded_anew(real, monkeypatch, tmp_path, change):
+def test_only_pictures_that_are_new_are_embedded_and_all_come_in_order(real, monkeypatch, tmp_path):
     model, processor = real
-    seen, cache = count_passes(model, monkeypatch), EmbeddingCache(tmp_path)
-    image_features(model, processor, make_rows(1, 2), cache=cache)
+    seen = count_passes(model, monkeypatch)
+    image_features(model, processor, make_rows(1, 2), cache=EmbeddingCache(tmp_path))
+    rows = make_rows(3, 2, 3, 1)
+    features = image_features(model, processor, rows, cache=EmbeddingCache(tmp_path))
+    assert seen == [2, 1]
+    expected = image_features(model, processor, rows)
+    torch.testing.assert_close(features.embeds, expected.embeds)
+    torch.testing.assert_close(features.pooled, expected.pooled)
+    assert torch.equal(features.embeds[0], features.embeds[2])
+
+
+@pytest.mark.parametrize("change", ["picture", "order", "name"])
+def test_the_fingerprint_of_rows_tells_pictures_order_and_names(change):
     other = {"picture": make_rows(1, 3), "order": make_rows(2, 1), "name": make_rows(1, 2, names="xy")}[change]
-    image_features(model, processor, other, cache=cache)
-    assert seen == [2, 2]
+    assert rows_fingerprint(other) != rows_fingerprint(make_rows(1, 2)) == rows_fingerprint(make_rows(1, 2))
 
 
 def test_a_file_whose_bytes_changed_is_embedded_anew(real, monkeypatch, tmp_path):
@@ -135,8 +144,8 @@ def test_a_renamed_cache_file_is_an_error(real, tmp_path):
     rows, (other, _) = make_rows(1, 2), make_model(seed=1)
     image_features(*real, rows, cache=EmbeddingCache(tmp_path))
     file = next(tmp_path.glob("images-*.safetensors"))
-    theirs = f"images-{model_fingerprint(other, real[1])}-{rows_fingerprint(rows)}.safetensors"
-    shutil.copy(file, tmp_path / theirs)
+    ours, theirs = (model_fingerprint(model, real[1]) for model in (real[0], other))
+    shutil.copy(file, tmp_path / file.name.replace(ours, theirs))
     with pytest.raises(ValueError, match="renamed or copied; delete it"):
         image_features(other, real[1], rows, cache=EmbeddingCache(tmp_path))
 
@@ -173,7 +182,7 @@ def test_a_cache_holds_no_text_and_no_row_id(real, tmp_path):
     text_features(*real, ["There is a mass."], cache=cache)
     for file in tmp_path.iterdir():
         assert b"seventeen" not in file.read_bytes() and b"mass" not in file.read_bytes()
-        assert all(tensor.dtype == torch.float32 for tensor in load_file(file).values())
+        assert all(tensor.dtype == torch.float32 for key, tensor in load_file(file).items() if key != "keys")
 
 
 def test_no_image_is_an_error(real):

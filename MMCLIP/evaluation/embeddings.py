@@ -1,14 +1,15 @@
 """One pass of a data set through the towers, kept for all evaluations: zero-shot, linear probe and retrieval share it.
 
-A cache holds what one model made of one data set. Its files are named by hashes of both (weights, configs, code,
-tokenizer; row ids and the bytes of the images), so a changed model or picture is never served an old embedding.
+A cache holds what a model made of images and texts, under hashes of both: of its weights, configs, code and tokenizer,
+and of the bytes of a picture or a text. So a changed model or picture is never served an old embedding, and a data set
+that shares pictures with another does not embed them again.
 """
 
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,61 +40,82 @@ class ImageFeatures(NamedTuple):
 
 
 class EmbeddingCache:
-    """Embeddings by model and data, in the memory of this process and, where `folder` is given, in files there.
+    """Embeddings by model and content, in the memory of this process and, where `folder` is given, in files there.
 
-    Files are safetensors of float32, `images-MODEL-DATA` and `texts-MODEL-DATA`, and may be deleted at any time. A
-    file that cannot be read, or whose header names another model or other data than its name, is a `ValueError`.
+    A file, `images-MODEL-...` or `texts-MODEL-...`, is safetensors of float32 with a hash of each image or text; it
+    holds neither names nor texts, and may be deleted at any time. A file that cannot be read, or whose header names
+    another model than its name, is a `ValueError`.
     """
 
     def __init__(self, folder: str | os.PathLike | None = None):
         self.folder = None if folder is None else Path(folder)
-        self._memory: dict[str, dict[str, Tensor]] = {}
+        self._numbers: dict[str, dict[bytes, int]] = {}  # kind and model -> hash -> its row in the tensors
+        self._tensors: dict[str, dict[str, Tensor]] = {}
 
-    def get(self, kind: str, model: str, data: str) -> dict[str, Tensor] | None:
-        name = f"{kind}-{model}-{data}"
-        if name not in self._memory and self.folder is not None:
-            path = self.folder / f"{name}.safetensors"
-            if path.is_file():
-                self._memory[name] = self._read(path, model, data)
-        return self._memory.get(name)
+    def fill(
+        self, kind: str, model: str, keys: Sequence[bytes], encode: Callable[[list[int]], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The tensors of `keys`, in their order. `encode` makes those of the given positions that nobody has made."""
+        name = f"{kind}-{model}"
+        if name not in self._numbers:
+            self._numbers[name], self._tensors[name] = {}, {}
+            for path in sorted(self.folder.glob(f"{name}-*.safetensors")) if self.folder is not None else ():
+                self._add(name, *self._read(path, model))
+        missing: dict[bytes, int] = {}
+        for position, key in enumerate(keys):
+            if key not in self._numbers[name]:
+                missing.setdefault(key, position)
+        if missing:
+            made = encode(list(missing.values()))
+            self._add(name, list(missing), made)
+            if self.folder is not None:
+                self._write(name, model, list(missing), made)
+        order = torch.tensor([self._numbers[name][key] for key in keys], dtype=torch.long)
+        return {part: tensor[order] for part, tensor in self._tensors[name].items()}
 
-    def put(self, kind: str, model: str, data: str, tensors: dict[str, Tensor]) -> None:
-        name = f"{kind}-{model}-{data}"
-        self._memory[name] = tensors
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part = self.folder / f"{name}.{os.getpid()}.part"
-            save_file(tensors, part, metadata={"model": model, "data": data})
-            os.replace(part, self.folder / f"{name}.safetensors")  # never half a file under the final name
+    def _add(self, name: str, keys: Sequence[bytes], tensors: dict[str, Tensor]) -> None:
+        numbers, there = self._numbers[name], self._tensors[name]
+        start = len(next(iter(there.values()))) if there else 0
+        numbers.update((key, start + number) for number, key in enumerate(keys))
+        for part, tensor in tensors.items():
+            there[part] = torch.cat([there[part], tensor]) if part in there else tensor
+
+    def _write(self, name: str, model: str, keys: list[bytes], tensors: dict[str, Tensor]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{name}-{_digest(iter(keys)).hex()}.safetensors"
+        part = path.with_suffix(f".{os.getpid()}.part")
+        hashes = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), -1)
+        save_file({"keys": hashes, **tensors}, part, metadata={"model": model})
+        os.replace(part, path)  # never half a file under the final name
 
     @staticmethod
-    def _read(path: Path, model: str, data: str) -> dict[str, Tensor]:
+    def _read(path: Path, model: str) -> tuple[list[bytes], dict[str, Tensor]]:
         try:
             with safe_open(path, framework="pt") as file:
-                found = file.metadata() or {}
+                found = (file.metadata() or {}).get("model")
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: the cached embeddings cannot be read ({error}). Delete the file.") from error
-        if (found.get("model"), found.get("data")) != (model, data):
+        if found != model:
             raise ValueError(
-                f"{path}: expected embeddings of model {model} and data {data}, but the file says it holds those of "
-                f"model {found.get('model')} and data {found.get('data')}. It was renamed or copied; delete it."
+                f"{path}: expected embeddings of the model {model}, but the file says it holds those of {found}. It "
+                "was renamed or copied; delete it."
             )
-        return tensors
+        return [bytes(key) for key in tensors.pop("keys").numpy()], tensors
 
 
-def _digest(parts: Iterator) -> str:
+def _digest(parts: Iterator[str | bytes]) -> bytes:
     digest = hashlib.blake2b(digest_size=10)
     for part in parts:
         part = part.encode() if isinstance(part, str) else part
         digest.update(len(part).to_bytes(8, "little"))  # so that no two lists of parts read alike
         digest.update(part)
-    return digest.hexdigest()
+    return digest.digest()
 
 
 def model_fingerprint(model, processor) -> str:
     """20 hex digits of what decides an embedding: weights, config, image processor, tokenizer and their code."""
-    return _digest(_model_parts(model, processor))
+    return _digest(_model_parts(model, processor)).hex()
 
 
 def _model_parts(model, processor) -> Iterator[str | bytes]:
@@ -128,19 +150,17 @@ def _settings(values: dict) -> str:
 
 def rows_fingerprint(rows: datasets.Dataset) -> str:
     """20 hex digits of the ids and images of `rows`, in their order; files are read, as their names say little."""
-    return _digest(_row_parts(rows))
+    return _digest(part for pair in zip(rows["row_id"], _image_keys(rows), strict=True) for part in pair).hex()
 
 
-def _row_parts(rows: datasets.Dataset) -> Iterator[str | bytes]:
-    for row in rows.select_columns(["row_id", "image"]):
-        image = row["image"]
-        yield row["row_id"]
-        if image is None:
-            yield b""
-        elif image["bytes"] is not None:
-            yield image["bytes"]
-        else:
-            yield Path(image["path"]).read_bytes()
+def _image_keys(rows: datasets.Dataset) -> list[bytes]:
+    """A hash of the bytes of each image, as they are stored."""
+    keys = []
+    for row in rows.select_columns("image"):
+        image = row["image"] or {"bytes": b""}
+        content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        keys.append(_digest(iter([content])))
+    return keys
 
 
 class _Images(Dataset):
@@ -191,49 +211,53 @@ def image_features(
     """
     if len(images) == 0:
         raise ValueError("There is no image to embed. Check the split and the filters of the rows.")
-    keys = None
-    if cache is not None and isinstance(images, datasets.Dataset):
-        keys = "images", model_fingerprint(model, processor), rows_fingerprint(images)
-        if (stored := cache.get(*keys)) is not None:
-            return ImageFeatures(stored["embeds"], stored["pooled"])
-    embeds, pooled = [], []
-    with evaluating(model):
-        for pixel_values in pixel_value_batches(processor, images, batch_size, num_workers, progress):
-            batch = model.encode_image(pixel_values.to(device=model.device, dtype=model.dtype))[0]
-            pooled.append(batch.float().cpu())
-            embeds.append(model.project_image(batch).float().cpu())
-    features = ImageFeatures(torch.cat(embeds), torch.cat(pooled))
-    bad = (~features.embeds.isfinite()).any(dim=1).nonzero()
-    if len(bad):
-        raise ValueError(
-            f"The embeddings of {len(bad)} of {len(images)} images hold NaN or infinity, the first is image "
-            f"{int(bad[0])}. Look for diverged weights or a half-precision overflow."
-        )
-    if keys is not None:
-        cache.put(*keys, features._asdict())
-    return features
+
+    def encode(positions: Sequence[int]) -> dict[str, Tensor]:
+        some = images.select(positions) if isinstance(images, datasets.Dataset) else images
+        embeds, pooled = [], []
+        with evaluating(model):
+            for pixel_values in pixel_value_batches(processor, some, batch_size, num_workers, progress):
+                batch = model.encode_image(pixel_values.to(device=model.device, dtype=model.dtype))[0]
+                pooled.append(batch.float().cpu())
+                embeds.append(model.project_image(batch).float().cpu())
+        features = {"embeds": torch.cat(embeds), "pooled": torch.cat(pooled)}
+        bad = (~features["embeds"].isfinite()).any(dim=1).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"The embeddings of {len(bad)} of {len(images)} images hold NaN or infinity, the first is image "
+                f"{positions[int(bad[0])]}. Look for diverged weights or a half-precision overflow."
+            )
+        return features
+
+    if cache is None or not isinstance(images, datasets.Dataset):
+        return ImageFeatures(**encode(range(len(images))))
+    return ImageFeatures(**cache.fill("images", model_fingerprint(model, processor), _image_keys(images), encode))
 
 
 def text_features(
     model, processor, texts: Sequence[str], *, cache: EmbeddingCache | None = None, batch_size: int = 256
 ) -> Tensor:
     """Projected, L2-normalised embeddings (n, D) of `texts`, float32 on the CPU; each distinct text is encoded once."""
+    if isinstance(texts, str):
+        raise ValueError(f"`texts` must be a list of texts, but is the text {texts!r}. Write [text].")
     # texts of like length together, or padding would be most of a batch
     distinct = sorted(set(texts), key=lambda text: (len(text), text))
+    if not distinct:
+        return torch.empty(0, model.config.projection_dim)
+
+    def encode(positions: Sequence[int]) -> dict[str, Tensor]:
+        some, embeds = [distinct[position] for position in positions], []
+        with evaluating(model):
+            for start in range(0, len(some), batch_size):
+                tokens = processor(text=some[start : start + batch_size], return_tensors="pt").to(model.device)
+                output = model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+                embeds.append(output.pooler_output.float().cpu())
+        return {"embeds": torch.cat(embeds)}
+
+    if cache is None:
+        embeds = encode(range(len(distinct)))["embeds"]
+    else:
+        keys = [_digest(iter([text])) for text in distinct]
+        embeds = cache.fill("texts", model_fingerprint(model, processor), keys, encode)["embeds"]
     index = {text: number for number, text in enumerate(distinct)}
-    order = torch.tensor([index[text] for text in texts], dtype=torch.long)
-    keys = None
-    if cache is not None:
-        keys = "texts", model_fingerprint(model, processor), _digest(iter(distinct))
-        if (stored := cache.get(*keys)) is not None:
-            return stored["embeds"][order]
-    embeds = [torch.empty(0, model.config.projection_dim)]
-    with evaluating(model):
-        for start in range(0, len(distinct), batch_size):
-            tokens = processor(text=distinct[start : start + batch_size], return_tensors="pt").to(model.device)
-            output = model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-            embeds.append(output.pooler_output.float().cpu())
-    embeds = torch.cat(embeds)
-    if keys is not None:
-        cache.put(*keys, {"embeds": embeds})
-    return embeds[order]
+    return embeds[[index[text] for text in texts]]

@@ -30,6 +30,7 @@ from MMCLIP.evaluation.grounding import (
     read_mask,
     row_pairs,
 )
+from MMCLIP.text.prompts import negative_prompts, positive_prompts
 
 
 def to_png(pixels: np.ndarray) -> bytes:
@@ -342,6 +343,20 @@ def test_a_patient_seen_ten_times_counts_once_in_the_intervals(pointing):
         assert often["macro"][f"{measure}_ci"] == pytest.approx(once["macro"][f"{measure}_ci"])
 
 
+def test_the_interval_of_a_mean_over_findings_gives_each_finding_the_same_weight(pointing):
+    rows = make_rows(*[[("mass", "", TOP)]] * 6, *[[("edema", "", LEFT)]] * 2)
+    scores = evaluate_grounding(*pointing, rows, num_bootstrap=0)[1]
+    is_mass = np.array([finding == "mass" for finding in scores.findings])
+    constant = scores._replace(
+        values={name: np.where(is_mass, 0.2, 0.8)[:, None] + np.zeros(3) for name in scores.values}
+    )
+    result = grounding_metrics(constant, 200)
+    assert result["heatmap_auroc"] == pytest.approx(0.35) and result["macro"]["heatmap_auroc"] == pytest.approx(0.5)
+    low, high = result["heatmap_auroc_ci"]
+    assert low < 0.3 and high > 0.4
+    assert result["macro"]["heatmap_auroc_ci"] == pytest.approx([0.5, 0.5])  # no patient changes any finding's mean
+
+
 def test_one_patient_alone_has_no_interval(pointing):
     rows = make_rows([("mass", "", TOP)], [("mass", "", LEFT)], patient_id=["p", "p"])
     result = evaluate_grounding(*pointing, rows, num_bootstrap=100)[0]
@@ -406,6 +421,12 @@ def test_heat_maps_have_the_size_of_their_mask_and_do_not_depend_on_the_batch():
         np.testing.assert_allclose(one, alone, atol=1e-6)
     backwards = grounding_heatmaps(model, processor, rows, pairs[::-1])[::-1]
     np.testing.assert_allclose(np.stack(backwards), np.stack(heatmaps), atol=1e-6)
+
+    tokens, denial = (processor(text=[f(pairs[2].finding)[0]]) for f in (positive_prompts, negative_prompts))
+    attention = model.eval().get_text_to_patch_attention(
+        processor(images=[images[1]["bytes"]])["pixel_values"], **tokens, contrast_input_ids=denial["input_ids"]
+    )
+    np.testing.assert_allclose(heatmaps[2], processor.resize_heatmap(attention[0], (40, 48)), atol=1e-6)
 
     scores = evaluate_grounding(model, processor, rows, batch_size=1, num_bootstrap=0)[1]
     expected = [heatmap_scores(one, pair.mask) for one, pair in zip(heatmaps, pairs, strict=True)]

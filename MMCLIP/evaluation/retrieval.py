@@ -146,13 +146,8 @@ class _Candidates:
         for block in _blocks(len(queries), max(width, num * self.embeds.shape[1])):
             found, nearest = self.index.search(queries[block].astype(np.float32), num)
             similarity = np.einsum("bd,bkd->bk", queries[block], self.embeds[nearest])  # again, in float64
-            everything = num == len(self.embeds)
-            yield (
-                block,
-                nearest,
-                similarity,
-                np.full(len(found), -np.inf) if everything else found[:, -1] + _FAISS_ERROR,
-            )
+            bound = found[:, -1] + _FAISS_ERROR if num < len(self.embeds) else np.full(len(found), -np.inf)
+            yield block, nearest, similarity, bound
 
 
 def _blocks(num: int, width: int) -> Iterator[slice]:
@@ -296,7 +291,8 @@ def _compare(
     best = np.maximum.reduceat(own, starts)
     not_below = similarity >= best[:, None] - SAME
     above = similarity > best[:, None] + SAME
-    num_above, num_not_below = (np.einsum("bk,...k->b", where, counts) for where in (above, not_below))
+    counts = np.broadcast_to(counts, similarity.shape)
+    num_above, num_not_below = (np.einsum("bk,bk->b", where, counts) for where in (above, not_below))
     tied_hits = np.add.reduceat((own >= best[place] - SAME).astype(np.int64), starts)
     return np.stack([num_above, num_not_below - num_above, tied_hits]), best
 

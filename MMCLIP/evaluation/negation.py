@@ -123,8 +123,8 @@ def evaluate_side(
     labels = sorted({finding for found in sides for finding in found})
     if not labels:
         raise ValueError(
-            f"None of {len(rows)} rows tells on which side a finding is, so left cannot be held against right. Give rows "
-            "with masks that name a side, or with boxes of frontal films."
+            f"None of {len(rows)} rows tells on which side a finding is, so left cannot be held against right. Give "
+            "rows with masks that name a side, or with boxes of frontal films."
         )
     targets = np.full((len(rows), len(labels)), UNKNOWN, dtype=np.int64)
     for target, found in zip(targets, sides, strict=True):

@@ -326,16 +326,17 @@ def evaluate_retrieval(
     patients = [""] * len(images) if patient_ids is None else list(patient_ids)
     names = [str(row) for row in range(len(images))] if report_ids is None else list(report_ids)
     _check(images, every_text, {"texts": texts, "patient_ids": patients, "report_ids": names, "row_ids": row_ids})
-    patients = [patient or f"\0{row_id}" for patient, row_id in zip(patients, row_ids, strict=True)]
+    patients = [patient or f"\0{name}" for patient, name in zip(patients, names, strict=True)]
     words = [" ".join(text.split()) for text in texts]
     first: dict[str, int] = {}
     for row, name in enumerate(names):
         other = first.setdefault(name, row)
-        if report_ids is not None and (words[row] != words[other]):
-            raise ValueError(
-                f"Rows {row_ids[other]!r} and {row_ids[row]!r} have one entry in `report_ids`, but two texts. Name "
-                "each text apart."
-            )
+        for what, entries in (("texts", words), ("patients", patients)):
+            if entries[row] != entries[other]:
+                raise ValueError(
+                    f"Rows {row_ids[other]!r} and {row_ids[row]!r} have one entry in `report_ids`, but are of two "
+                    f"{what}. Name each report apart."
+                )
     if len(first) < 2:
         raise ValueError(
             f"Retrieval needs at least 2 reports to choose from, but {len(images)} rows have {len(first)}. Check the "

@@ -1,0 +1,147 @@
+"""Retrieval with a saved MMCLIP: does an image find its report among all reports, and a report its image?
+
+python examples/run_retrieval.py --model outputs/demo/checkpoint --phantoms 1000 --output_dir outputs/demo/retrieval
+python examples/run_retrieval.py --model X/checkpoint --manifest prepared --split test --output_dir Y
+
+Rows without an image or without a report are left out. The folder Y gets metrics.json, report.md and ranks.csv, which
+names rows but holds no text.
+"""
+
+import argparse
+import csv
+import re
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, AutoProcessor
+
+from MMCLIP.evaluation import report
+from MMCLIP.evaluation.embeddings import EmbeddingCache, image_features, model_fingerprint, text_features
+from MMCLIP.evaluation.retrieval import (
+    BACKENDS,
+    DEPTHS,
+    EXACT_LIMIT,
+    evaluate_retrieval,
+    report_names,
+    retrieval_rows,
+)
+from MMCLIP.evaluation.zero_shot import patient_names
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder with the saved model and processor, or a Hub id")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--manifest", help="folder of prepare_data.py, or a CSV, TSV, Parquet or JSON lines file")
+    data.add_argument("--phantoms", type=int, help="number of made-up radiographs, of the held-out stream")
+    parser.add_argument("--split", help="search only in this split of the manifest")
+    parser.add_argument("--phantom_size", type=int, default=128, help="side of a made-up radiograph in pixels")
+    parser.add_argument("--output_dir", required=True, type=Path, help="for metrics.json, report.md and ranks.csv")
+    parser.add_argument("--cache_dir", help="folder that keeps embeddings for other evaluations of the same model")
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help=f"how to search; the numbers are the same. default: FAISS beyond {EXACT_LIMIT} candidates",
+    )
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that read images")
+    parser.add_argument("--num_bootstrap", type=int, default=1000, help="draws of patients for the 95 %% intervals")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(arguments)
+    if args.phantoms is not None and args.split:
+        parser.error("--split is for --manifest; phantoms are held out")
+    return args
+
+
+def retrieval_table(retrieval: dict) -> str:
+    """A Markdown table: each number with its 95 % interval, and under it the level of chance."""
+    names = [*(f"recall_at_{depth}" for depth in DEPTHS), "median_rank"]
+    rows = []
+    for direction in ("image_to_text", "text_to_image"):
+        for way, values in retrieval[direction].items():
+            title = f"{direction} {way}".replace("_", " ")
+            rows.append([title, *(report.number_cell(values[name], values[f"{name}_ci"]) for name in names)])
+            rows.append(["chance", *(report.number_cell(values[f"{name}_chance"]) for name in names)])
+    header = ["search, and what is a hit", *(f"Recall@{depth} (95 %)" for depth in DEPTHS), "median rank (95 %)"]
+    return report.markdown_table(header, rows)
+
+
+def write_files(output_dir: Path, results: dict, ranks: list[dict]) -> None:
+    """metrics.json, report.md and ranks.csv."""
+    report.write_metrics(output_dir, results)
+    retrieval = results["retrieval"]
+    lines = ["# MMCLIP retrieval", "", *(f"- {key}: `{results[key]}`" for key in ("model", "data", "command")), ""]
+    lines += [retrieval_table(retrieval), ""]
+    about = (
+        "{num_images} images and {num_texts} reports of {num_patients} patients; {num_identical} reports have the "
+        "words of another. `identical texts count`: such a report, and its image, is a hit too; `own text only`: only "
+        "the very pair. Searched are {candidates}. Ties: {ties}. Intervals: {num_bootstrap} draws of patients."
+    )
+    lines.append(about.format_map(retrieval))
+    if retrieval["no_interval_because"]:
+        lines.append(f"There are no intervals: {retrieval['no_interval_because']}.")
+    (output_dir / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with (output_dir / "ranks.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(ranks[0]))
+        writer.writeheader()
+        writer.writerows(ranks)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", args.model) and not Path(args.model).parent.exists()
+    for name in ("config.json", "processor_config.json"):
+        if not is_hub_id and not (Path(args.model) / name).is_file():
+            raise ValueError(
+                f"--model: {args.model} has no {name}. Give the folder of a saved model and its processor, "
+                "X/checkpoint, or a Hub id, OWNER/NAME."
+            )
+    if args.manifest:
+        from MMCLIP.data.prepared import read_manifest
+
+        found = read_manifest(args.manifest, args.split, drop_unlabelled=True)
+        data = f"{args.manifest}, split {args.split or 'all'}"
+    else:
+        from MMCLIP.data.phantom import phantom_dataset
+
+        found = phantom_dataset(args.phantoms, size=args.phantom_size, split="test")
+        data = f"{args.phantoms} phantoms of the held-out stream, {args.phantom_size} px"
+    rows = retrieval_rows(found)
+    if len(rows) < 2:
+        raise ValueError(
+            f"{data}: retrieval needs at least 2 rows with an image and a report, but {len(rows)} of {len(found)} have "
+            "both. Check the split, and that the data set has reports."
+        )
+    model = AutoModel.from_pretrained(args.model, trust_remote_code=True).to(args.device).eval()
+    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+
+    cache = EmbeddingCache(args.cache_dir)
+    reading = {"batch_size": args.batch_size, "num_workers": args.num_workers, "progress": "images"}
+    texts = list(rows["report"])
+    retrieval, ranks = evaluate_retrieval(
+        image_features(model, processor, rows, cache=cache, **reading).embeds,
+        text_features(model, processor, texts, cache=cache),
+        texts,
+        patient_names(rows),
+        num_bootstrap=args.num_bootstrap,
+        seed=args.seed,
+        backend=args.backend,
+        report_ids=report_names(rows),
+        row_ids=list(rows["row_id"]),
+    )
+    retrieval["num_left_out"] = len(found) - len(rows)  # rows without an image or a report
+    results = {"retrieval": retrieval, "model_hash": model_fingerprint(model, processor)}
+    results |= report.describe_run(args.model, f"{data}, {len(rows)} rows with image and report")
+    write_files(args.output_dir, results, ranks.table())
+    print(retrieval_table(retrieval))
+    print(f"\nmodel: {args.model}\ntable: {args.output_dir / 'report.md'}, metrics.json and ranks.csv beside it")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:  # a mistake of the user's: what is wrong, without the way it took
+        sys.exit(f"ValueError: {error}")

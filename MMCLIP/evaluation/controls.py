@@ -105,7 +105,8 @@ def control_results(
 
     `targets` (n, F) belong to `test_rows`, `train_targets` (m, F) to `train_rows`; the score of an image is that of
     [`group_scores`] of the training images. Without training rows it is learned from the test rows of other patients,
-    in five folds by a hash of the patient; each fold's overall share is subtracted then, as folds differ in it.
+    in five folds by a hash of the patient; each fold's overall share is subtracted then, as folds differ in it. On a
+    few hundred images such an AUROC is some hundredths too low, as an image that is left out pulls its group down.
 
     Each control has `macro_auroc`, `macro_auroc_ci`, `per_class` {name: auroc, auroc_ci, num_positive, num_negative},
     `num_skipped`, `num_groups` and `num_unseen` (test images of a group that training has not), and `fitted_on`. Where

@@ -281,22 +281,23 @@ def _is_of(chosen: Protocol, source: str) -> bool:
 
 
 def _split_hint(chosen: Protocol) -> str:
-    if chosen.images_per_class:
-        return f"Prepare the data with --option {chosen.data}.selection=5x200"
+    if chosen.images_per_class and chosen.data == "chexpert":
+        return "Prepare the data with --option chexpert.selection=5x200"
     return "Fill the column `split` of a table, prepare a set without an official split with --test_share"
 
 
 def _check_class_sizes(chosen: Protocol, rows: datasets.Dataset, where: str) -> None:
+    hint = f" {_split_hint(chosen)}." if chosen.data == "chexpert" else ""
     try:
         classes = class_targets(rows, chosen.labels)
     except ValueError as error:
-        raise ValueError(f"{chosen.name}: {where} is no such selection. {error} {_split_hint(chosen)}.") from error
+        raise ValueError(f"{chosen.name}: {where} is no such selection. {error}{hint}") from error
     counts = np.bincount(classes, minlength=len(chosen.labels))
     if (counts != chosen.images_per_class).any():
         found = ", ".join(f"{count} of {label}" for label, count in zip(chosen.labels, counts, strict=True))
         raise ValueError(
             f"{chosen.name}: {where} must have {chosen.images_per_class} test images of each class, but has {found}. "
-            f"{_split_hint(chosen)}, and look into quarantine.csv for films that could not be read."
+            f"Films that could not be read are in quarantine.csv.{hint}"
         )
 
 

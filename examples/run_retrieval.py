@@ -21,7 +21,9 @@ from MMCLIP.evaluation.embeddings import EmbeddingCache, image_features, model_f
 from MMCLIP.evaluation.retrieval import (
     BACKENDS,
     DEPTHS,
+    DIRECTIONS,
     EXACT_LIMIT,
+    MEASURES,
     evaluate_retrieval,
     report_names,
     retrieval_rows,
@@ -58,13 +60,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def retrieval_table(retrieval: dict) -> str:
     """A Markdown table: each number with its 95 % interval, and under it the level of chance."""
-    names = [*(f"recall_at_{depth}" for depth in DEPTHS), "median_rank"]
     rows = []
-    for direction in ("image_to_text", "text_to_image"):
+    for direction in DIRECTIONS:
         for way, values in retrieval[direction].items():
             title = f"{direction} {way}".replace("_", " ")
-            rows.append([title, *(report.number_cell(values[name], values[f"{name}_ci"]) for name in names)])
-            rows.append(["chance", *(report.number_cell(values[f"{name}_chance"]) for name in names)])
+            rows.append([title, *(report.number_cell(values[name], values[f"{name}_ci"]) for name in MEASURES)])
+            rows.append(["chance", *(report.number_cell(values[f"{name}_chance"]) for name in MEASURES)])
     header = ["search, and what is a hit", *(f"Recall@{depth} (95 %)" for depth in DEPTHS), "median rank (95 %)"]
     return report.markdown_table(header, rows)
 

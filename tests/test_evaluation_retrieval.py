@@ -8,11 +8,18 @@ import torch
 
 from MMCLIP.data.manifest import make_row, rows_to_dataset
 from MMCLIP.evaluation import retrieval
-from MMCLIP.evaluation.retrieval import WAYS, evaluate_retrieval, nearest, report_names, retrieval_rows
+from MMCLIP.evaluation.retrieval import (
+    DIRECTIONS,
+    WAYS,
+    compare_retrieval,
+    evaluate_retrieval,
+    nearest,
+    report_names,
+    retrieval_rows,
+)
 
 
 COUNTED, OWN = WAYS
-DIRECTIONS = ("image_to_text", "text_to_image")
 NUMBERS = ("recall_at_1", "recall_at_5", "recall_at_10", "median_rank")
 
 
@@ -242,6 +249,40 @@ def test_one_patient_gives_no_interval_and_says_why():
     assert result["image_to_text"][OWN]["recall_at_1_ci"] is None
     several = evaluate_retrieval(images, texts, words, num_bootstrap=50)[0]
     assert several["no_interval_because"] is None and several["image_to_text"][OWN]["recall_at_1_ci"] is not None
+
+
+# --------------------------------------------------------------------------------------------------------- comparison
+
+
+def test_two_models_are_compared_on_the_same_draws_of_patients():
+    images, texts, words = study(80, 80, noise=1.0)
+    worse = unit(images + 0.6 * np.random.default_rng(3).normal(size=images.shape))
+    patients = [f"p{number // 2}" for number in range(80)]
+    first, ranks = evaluate_retrieval(images, texts, words, patients)
+    second, other = evaluate_retrieval(worse, texts, words, patients)
+    compared = compare_retrieval(ranks, other)
+    assert len(compared) == 2 * 2 * 4
+    found = compared[f"image_to_text_{OWN}_recall_at_10"]
+    values = [result["image_to_text"][OWN]["recall_at_10"] for result in (first, second)]
+    assert [found["first"], found["second"], found["difference"]] == pytest.approx([*values, values[0] - values[1]])
+    low, high = found["difference_ci"]
+    assert 0 < low < found["difference"] < high and 0 < found["p_value"] < 0.05
+    widths = [np.diff(result["image_to_text"][OWN]["recall_at_10_ci"])[0] for result in (first, second)]
+    assert high - low < math.hypot(*widths)  # what two draws of their own would give
+    back = compare_retrieval(other, ranks)[f"image_to_text_{OWN}_recall_at_10"]
+    assert back["difference"] == -found["difference"] and back["p_value"] == found["p_value"]
+    itself = compare_retrieval(ranks, ranks)[f"text_to_image_{COUNTED}_median_rank"]
+    assert (itself["difference"], itself["difference_ci"], itself["p_value"]) == (0, [0, 0], 1)
+
+
+def test_only_the_same_rows_can_be_compared_and_one_patient_gives_no_p_value():
+    images, texts, words = study(10, 10)
+    ranks = evaluate_retrieval(images, texts, words, ["p"] * 10, 0)[1]
+    assert compare_retrieval(ranks, ranks)[f"image_to_text_{OWN}_recall_at_1"]["p_value"] is None
+    with pytest.raises(ValueError, match="10 and 9 rows differ"):
+        compare_retrieval(ranks, evaluate_retrieval(images[1:], texts[1:], words[1:], ["p"] * 9, 0)[1])
+    with pytest.raises(ValueError, match="same rows, reports and patients"):
+        compare_retrieval(ranks, evaluate_retrieval(images, texts, words, ["p"] * 5 + ["q"] * 5, 0)[1])
 
 
 # ------------------------------------------------------------------------------------------------------------ nearest

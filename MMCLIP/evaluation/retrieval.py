@@ -28,12 +28,15 @@ from .metrics import percentile_interval, resample_patients
 
 
 DEPTHS = (1, 5, 10)  # the k of Recall@k
+DIRECTIONS = ("image_to_text", "text_to_image")
 WAYS = ("identical_texts_count", "own_text_only")
+MEASURES = (*(f"recall_at_{depth}" for depth in DEPTHS), "median_rank")
 BACKENDS = ("auto", "exact", "faiss")
 EXACT_LIMIT = 100_000  # candidates that "auto" searches by matrix products
 NUM_LISTED = 128  # candidates that FAISS lists for each query
 SAME = 1e-6  # similarities this close are equal: float32 towers differ so much for one text in other batches
 _FAISS_ERROR = 2e-5  # far above what float32 sums of unit vectors can be wrong by
+_FAISS_QUERIES = 4096  # of one call: small calls take four times as long for each query
 _BLOCK = 4_000_000  # numbers held at once
 
 
@@ -143,17 +146,19 @@ class _Candidates:
         Last comes a bound (b,) that no candidate which is not listed exceeds. The caller holds `width` more numbers
         for each query.
         """
-        for block in _blocks(len(queries), max(width, num * self.embeds.shape[1])):
-            found, nearest = self.index.search(queries[block].astype(np.float32), num)
-            similarity = np.einsum("bd,bkd->bk", queries[block], self.embeds[nearest])  # again, in float64
-            bound = found[:, -1] + _FAISS_ERROR if num < len(self.embeds) else np.full(len(found), -np.inf)
-            yield block, nearest, similarity, bound
+        for start in range(0, len(queries), _FAISS_QUERIES):
+            found, nearest = self.index.search(queries[start : start + _FAISS_QUERIES].astype(np.float32), num)
+            bounds = found[:, -1] + _FAISS_ERROR if num < len(self.embeds) else np.full(len(found), -np.inf)
+            for part in _blocks(len(found), max(width, num * self.embeds.shape[1])):
+                block = slice(start + part.start, start + part.stop)
+                similarity = np.einsum("bd,bkd->bk", queries[block], self.embeds[nearest[part]])  # in float64
+                yield block, nearest[part], similarity, bounds[part]
 
 
 def _blocks(num: int, width: int) -> Iterator[slice]:
     """Slices of `num` rows for each of which `width` numbers can be held."""
     size = max(1, _BLOCK // width)
-    yield from (slice(start, start + size) for start in range(0, num, size))
+    yield from (slice(start, min(start + size, num)) for start in range(0, num, size))
 
 
 def _faiss_index(embeds: np.ndarray):
@@ -402,14 +407,13 @@ def _described(
     num_bootstrap: int,
     seed: int,
 ) -> dict:
-    names = [*(f"recall_at_{depth}" for depth in DEPTHS), "median_rank"]
-    draws = {way: np.concatenate(blocks) for way, blocks in _draws(ranks, patients, num_bootstrap, seed).items()}
+    draws = _draws(ranks, patients, num_bootstrap, seed)
     result = {}
     for way, way_hits in zip(WAYS, hits, strict=True):
         num = np.full(len(patients), num_candidates)
         chance = _summary(_random_order(np.zeros_like(num), num, way_hits.counts))
         values = {"num_queries": len(patients)}
-        for column, name in enumerate(names):
+        for column, name in enumerate(MEASURES):
             interval = percentile_interval(draws[way][:, column], num_bootstrap) if len(set(patients)) > 1 else None
             values |= {name: float(_summary(ranks[way])[column]), f"{name}_ci": interval}
             values[f"{name}_chance"] = float(chance[column])
@@ -423,10 +427,10 @@ def _summary(ranks: QueryRanks) -> list[float]:
 
 def _draws(
     ranks: dict[str, QueryRanks], patients: Sequence[str], num_bootstrap: int, seed: int
-) -> dict[str, list[np.ndarray]]:
-    """By way, blocks (r, 4) of what [`_summary`] gives for patients drawn with replacement."""
+) -> dict[str, np.ndarray]:
+    """By way, what [`_summary`] gives for patients drawn with replacement: (R, 4)."""
     order = {way: np.argsort(inner.rank, kind="stable") for way, inner in ranks.items()}
-    blocks = {way: [np.empty((0, len(DEPTHS) + 1))] for way in ranks}
+    blocks = {way: [np.empty((0, len(MEASURES)))] for way in ranks}
     for weights in resample_patients(patients, len(patients), num_bootstrap, seed):
         total = weights.sum(axis=1, keepdims=True)
         for way, inner in ranks.items():
@@ -434,4 +438,38 @@ def _draws(
             middle = [(upto <= place).sum(axis=1) for place in ((total - 1) // 2, total // 2)]
             median = inner.rank[order[way]][np.stack(middle)].mean(axis=0)
             blocks[way].append(np.column_stack([weights @ inner.recall / total, median]))
-    return blocks
+    return {way: np.concatenate(parts) for way, parts in blocks.items()}
+
+
+def compare_retrieval(first: RetrievalRanks, second: RetrievalRanks, num_bootstrap: int = 1000, seed: int = 0) -> dict:
+    """Two models on the same rows: each measure of both, `first` minus `second`, its 95 % interval and p-value.
+
+    Keys are `<direction>_<way>_<measure>`. Patients are drawn for both alike. The p-value is two-sided: twice the
+    smaller share of draws on one side of 0, each share with one draw added, so that it is never 0. Interval and p-value
+    are None for a single patient. Raises `ValueError` where the rows, their reports or patients differ.
+    """
+    same = all(getattr(first, name) == getattr(second, name) for name in ("row_ids", "image_patients", "text_patients"))
+    if not same or not np.array_equal(first.report_of_row, second.report_of_row):
+        raise ValueError(
+            f"Only ranks of the same rows, reports and patients can be compared, but those of {len(first.row_ids)} and "
+            f"{len(second.row_ids)} rows differ. Evaluate both models on the same rows."
+        )
+    result = {}
+    for direction, patients in zip(DIRECTIONS, (first.image_patients, first.text_patients), strict=True):
+        ranks = [getattr(model, direction) for model in (first, second)]
+        draws = [_draws(inner, patients, num_bootstrap, seed) for inner in ranks]
+        for way in WAYS:
+            values = [_summary(inner[way]) for inner in ranks]
+            leads = draws[0][way] - draws[1][way]
+            for column, measure in enumerate(MEASURES):
+                lead = leads[:, column]
+                interval = percentile_interval(lead, num_bootstrap) if len(set(patients)) > 1 else None
+                rarer = min((lead <= 0).sum(), (lead >= 0).sum())
+                result[f"{direction}_{way}_{measure}"] = {
+                    "first": float(values[0][column]),
+                    "second": float(values[1][column]),
+                    "difference": float(values[0][column] - values[1][column]),
+                    "difference_ci": interval,
+                    "p_value": None if interval is None else min(1.0, float(2 * (1 + rarer) / (1 + len(lead)))),
+                }
+    return result

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from MMCLIP.evaluation import metrics
+from MMCLIP.evaluation import bootstrap, metrics, weighted_metrics
 from MMCLIP.evaluation.metrics import auroc, average_precision, classification_metrics
 
 
@@ -28,10 +28,10 @@ def test_weighted_metrics_equal_scikit_learn(digits):
     rng = np.random.default_rng(0)
     labels, scores = rng.integers(0, 2, 60), rng.random(60).round(digits)
     weights = rng.integers(0, 4, (5, 60))
-    areas, precisions = metrics._area_under_curves(labels, scores, weights)
-    for weight, area, precision in zip(weights, areas, precisions, strict=True):
-        assert area == pytest.approx(roc_auc_score(labels, scores, sample_weight=weight))
-        assert precision == pytest.approx(average_precision_score(labels, scores, sample_weight=weight))
+    ranking = weighted_metrics.Ranking(labels, scores, np.arange(60), 60)
+    for weight, (area, precision, _) in zip(weights, ranking(weights.T.astype(float)).T, strict=True):
+        assert area == pytest.approx(roc_auc_score(labels, scores, sample_weight=weight), abs=1e-9)
+        assert precision == pytest.approx(average_precision_score(labels, scores, sample_weight=weight), abs=1e-9)
 
 
 def test_a_class_with_one_label_is_skipped_counted_and_left_out_of_the_mean():
@@ -111,7 +111,7 @@ def test_interval_holds_the_estimate_and_depends_on_the_seed_alone():
 def test_draws_are_the_same_in_blocks(monkeypatch):
     labels, scores = _random_problem()
     whole = classification_metrics(labels, scores, ["edema", "mass"], num_bootstrap=50)
-    monkeypatch.setattr(metrics, "_BLOCK", 7 * len(labels))
+    monkeypatch.setattr(bootstrap, "_BLOCK", 7 * len(labels))
     blocks = classification_metrics(labels, scores, ["edema", "mass"], num_bootstrap=50)
     assert blocks["macro_auroc_ci"] == pytest.approx(whole["macro_auroc_ci"], rel=1e-12)
     assert blocks["num_bootstrap_macro"] == whole["num_bootstrap_macro"] == 50

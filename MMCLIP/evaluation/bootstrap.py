@@ -4,8 +4,8 @@ Patients are drawn with replacement, with all their images, as the images of one
 are percentile intervals: the 2.5th and 97.5th percentile of the metric over the draws.
 
 A difference is that of two models in each draw, the same draws for both. Its two-sided p-value is twice the share of
-draws on the rarer side of 0, `2 * (1 + min(draws <= 0, draws >= 0)) / (1 + draws)` and at most 1: it is below 0.05
-where the interval does not hold 0, but for rounding, and never 0. With 1,000 draws it is at least 0.002.
+draws on the rarer side of 0, `2 * (1 + min(draws <= 0, draws >= 0)) / (1 + draws)` and at most 1. It is never 0, with
+1,000 draws at least 0.002, and below 0.05 where the interval does not hold 0, give or take one draw.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -46,6 +46,13 @@ __all__ = [
     "threshold_metrics",
 ]
 CRITERIA = ("f1", "youden", "mcc")
+EVALUATE_METRICS = (
+    "CalibrationError",
+    "MultiClassClassification",
+    "MultiLabelAUROC",
+    "MultiLabelClassification",
+    "RetrievalRecall",
+)
 
 
 def _ranked(labels: np.ndarray, scores: np.ndarray, key: str, specificity: float = 0.9) -> float:
@@ -174,11 +181,9 @@ def classification_metrics(
         else:
             per_class[name] = counts
             kept.append(column)
-    keys = [
-        *RANKED,
-        *(THRESHOLDED if thresholds is not None else ()),
-        *(CALIBRATED if probabilities is not None else ()),
-    ]
+    keys = list(RANKED)
+    keys += THRESHOLDED if thresholds is not None else ()
+    keys += CALIBRATED if probabilities is not None else ()
     result = {
         **{f"macro_{key}{end}": None for key in keys for end in ("", "_ci")},
         "oracle_threshold": {"macro_f1": None, "macro_accuracy": None},
@@ -231,10 +236,9 @@ def _add_values(result: dict, statistics: MultiLabelStatistics, labels: np.ndarr
     for key, numbers in point.items():
         if not np.isnan(numbers).all():
             result[f"macro_{key}"] = float(np.mean(numbers[~np.isnan(numbers)]))
-    oracle = [values["oracle_threshold"] for values in result["per_class"].values()]
-    result["oracle_threshold"] = {
-        f"macro_{key}": float(np.mean([o[key] for o in oracle])) for key in ("f1", "accuracy")
-    }
+    for key in ("f1", "accuracy"):
+        best = [values["oracle_threshold"][key] for values in result["per_class"].values()]
+        result["oracle_threshold"][f"macro_{key}"] = float(np.mean(best))
 
 
 def _add_intervals(result: dict, draws: dict[str, np.ndarray], several: Sequence[bool], num_bootstrap: int) -> None:
@@ -279,12 +283,10 @@ def multiclass_metrics(
         draws = bootstrap_draws(statistics, statistics.num_patients, num_bootstrap, seed, len(classes))
 
     def described(name: str, key: str, index: tuple = ()) -> dict:
-        value = number_or_none(point[key][index])
-        has_interval = draws and value is not None
-        return {
-            name: value,
-            f"{name}_ci": percentile_interval(draws[key][index], num_bootstrap) if has_interval else None,
-        }
+        value, interval = number_or_none(point[key][index]), None
+        if draws and value is not None:
+            interval = percentile_interval(draws[key][index], num_bootstrap)
+        return {name: value, f"{name}_ci": interval}
 
     result = {}
     for key in MULTICLASS:
@@ -307,10 +309,8 @@ def multiclass_metrics(
 
 def __getattr__(name: str):
     # `evaluate` takes seconds to import, so its metric classes are made on first use
-    from importlib import import_module
-
-    if name not in (
-        "MultiLabelAUROC", "MultiLabelClassification", "MultiClassClassification", "CalibrationError", "RetrievalRecall"
-    ):  # fmt: skip
+    if name not in EVALUATE_METRICS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(".evaluate_metric", __package__), name)
+    from . import evaluate_metric
+
+    return getattr(evaluate_metric, name)

@@ -96,7 +96,7 @@ def _difference(value: float, draws: np.ndarray | None, num_bootstrap: int) -> d
     result["ci"] = percentile_interval(draws, num_bootstrap)
     if result["ci"] is not None:
         draws = draws[~np.isnan(draws)]
-        rarer = min((draws <= 0).sum(), (draws >= 0).sum())
+        rarer = min((draws <= 1e-12).sum(), (draws >= -1e-12).sum())  # what is 0 but for rounding is on both sides
         result["p_value"] = float(min(1.0, 2 * (1 + rarer) / (1 + len(draws))))
     return result
 

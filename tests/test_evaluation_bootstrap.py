@@ -121,6 +121,15 @@ def test_one_patient_gives_differences_without_intervals_and_the_reason():
     assert mean_with_interval([1.0, 2.0], ["a", "a"]) == (1.5, None)
 
 
+def test_a_class_that_is_known_in_one_patient_alone_has_a_difference_without_a_p_value():
+    labels, first, second = _two_models()
+    labels[:, 1] = -100
+    labels[:2, 1] = [1, 0]
+    compared = compare_models(labels, first, second, NAMES, PATIENTS, 50)["per_class"]
+    assert compared["mass"]["auroc"]["ci"] is compared["mass"]["auroc"]["p_value"] is None
+    assert compared["mass"]["auroc"]["difference"] is not None and compared["edema"]["auroc"]["ci"] is not None
+
+
 def test_multi_class_models_are_compared_in_all_metrics():
     classes = np.tile([0, 1, 2], 20)
     right, wrong = np.eye(3)[classes], np.eye(3)[(classes + 1) % 3]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from .calibration import UNKNOWN
 from .weighted_metrics import (
     MULTICLASS,
     MultiClassStatistics,
@@ -147,7 +148,8 @@ def compare_models(
     `labels` (n, F) hold 1 present, 0 absent, -100 unknown, `scores_a` and `scores_b` (n, F). Metrics are those of
     [`classification_metrics`]; F1, accuracy, MCC, sensitivity and specificity are there for classes that have a
     threshold in both models. Interval and p-value: see the module. Classes without both labels are `skipped`; where no
-    interval is possible, for a single patient, it and the p-value are None and `interval_reason` says why.
+    interval is possible, for a single patient, it and the p-value are None and `interval_reason` says why. They are
+    None as well for a class whose known images are of one patient.
     """
     labels, scores_a = check_scores(labels, scores_a, names, patient_ids)
     labels, scores_b = check_scores(labels, scores_b, names, patient_ids)
@@ -177,8 +179,10 @@ def compare_models(
             mean = draws[key][kept].mean(axis=0) if draws else None
             macro[f"macro_{key}"] = _difference(values[kept].mean(), mean, num_bootstrap)
     for number, column in enumerate(both):
+        # images of one patient are drawn together, so their draws are all alike
+        several = len(np.unique(patients[labels[:, column] != UNKNOWN])) > 1
         result["per_class"][names[column]] = {
-            key: _difference(values[number], draws[key][number] if draws else None, num_bootstrap)
+            key: _difference(values[number], draws[key][number] if draws and several else None, num_bootstrap)
             for key, values in point.items()
             if not np.isnan(values[number])
         }

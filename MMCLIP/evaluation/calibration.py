@@ -3,7 +3,9 @@
 Probabilities are P(present). They are sorted into `num_bins` bins of equal width, (0, 1/15], (1/15, 2/15], ...; 0 lies
 in the first. This is the binning of scikit-learn's `calibration_curve`. The expected calibration error (ECE) is the
 mean over images of |mean probability - share present| of the bin an image lies in (Naeini et al. 2015), of P(present)
-itself and not of the confidence in the likelier answer (Guo et al. 2017). Values that are undefined are NaN.
+itself and not of the confidence in the likelier answer (Guo et al. 2017). Noise within the bins only ever adds to it:
+few images make it larger, and draws of a bootstrap make it larger again, so that its interval may lie above it. Values
+that are undefined are NaN.
 """
 
 import numpy as np

@@ -143,6 +143,21 @@ def test_draws_in_which_a_rare_class_has_no_image_are_left_out_of_the_mean_and_c
     assert result["macro_auroc_ci"] == [1.0, 1.0]
 
 
+def test_the_interval_of_a_mean_uses_the_draws_in_which_every_class_has_both_labels():
+    labels, scores = _random_problem()
+    labels[:, 1] = 0
+    labels[0, 1] = 1
+    result = classification_metrics(labels, scores, ["edema", "mass"], num_bootstrap=100)
+    (weights,) = bootstrap.resample_patients(None, len(labels), 100)
+    means = [
+        np.mean([roc_auc_score(labels[:, c], scores[:, c], sample_weight=weight) for c in (0, 1)])
+        for weight in weights
+        if weight[0] > 0
+    ]
+    assert result["num_bootstrap_macro"] == len(means) < 80
+    assert result["macro_auroc_ci"] == pytest.approx(np.percentile(means, [2.5, 97.5]).tolist(), abs=1e-9)
+
+
 def test_an_interval_from_too_few_usable_draws_is_none():
     assert metrics.percentile_interval(np.array([0.5] * 9 + [np.nan] * 91), 100) is None
     assert metrics.percentile_interval(np.array([0.5] * 10 + [np.nan] * 90), 100) == [0.5, 0.5]

@@ -322,6 +322,8 @@ class ClassificationTrainer(Trainer):
             )
         self.labels, self.augmentation, self.layer_decay, self.frozen = labels, augmentation, layer_decay, frozen
         self.add_callback(_SetEpoch(self.train_dataset))
+        # convolutions run faster with the channels last, on CPUs and on tensor cores; the numbers stay the same
+        self._classifier().vision_model.to(memory_format=torch.channels_last)
 
     def _classifier(self) -> MMCLIPForImageClassification:
         model = self.accelerator.unwrap_model(self.model)

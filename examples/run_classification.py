@@ -13,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+import transformers
 from run_pretrain import save_run_config
 
 from MMCLIP.evaluation import report
@@ -37,6 +38,8 @@ def main(words: list[str] | None = None):
     is_main = training_arguments.process_index == 0
     level = logging.INFO if is_main else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    if training_arguments.disable_tqdm:
+        transformers.utils.logging.disable_progress_bar()
 
     # cheap checks first: a wrong checkpoint must not wait for the phantoms to be drawn
     processor = load_processor(arguments.model_name_or_path)

@@ -252,7 +252,7 @@ def test_each_fraction_and_seed_is_the_probe_of_its_patients(study):
     assert np.array_equal(margins[0.1, 5], probe.margins(features["test"]))
     small = results["fractions"]["10 %"]
     assert (small["num_patients"], small["num_images"]) == (15, 30)
-    areas = [small["seeds"][seed]["macro_auroc"] for seed in ("0", "5")]
+    areas = [small["seeds"][seed]["metrics"]["macro_auroc"] for seed in ("0", "5")]
     assert small["macro_auroc"] == pytest.approx(np.mean(areas)) and areas[0] != areas[1]
     assert small["macro_auroc_sd"] == pytest.approx(abs(areas[0] - areas[1]) / np.sqrt(2))
     assert small["macro_auroc_ci"][0] < small["macro_auroc"] < small["macro_auroc_ci"][1]

@@ -310,7 +310,7 @@ def evaluate_linear_probe(
     The mappings have the roles `train` and `test`, and `validation` where there is one, on which the L2 strength and
     thresholds are chosen, whatever the fraction. `features` are (n, H), `targets` (n, F) of 1, 0 and -100, or (n,) of
     class numbers. Under `fractions` stands for each, by its percentage, what [`seeds_summary`] returns (`macro_auroc`,
-    with classes `accuracy`, `_sd` and `_ci`), mean `num_patients` and `num_images` trained on, the `constant_labels` of
+    with classes `accuracy`, `_sd` and `_ci`), `num_patients` and mean `num_images` trained on, the `constant_labels` of
     any seed, and under `seeds` all metrics and the `l2` of each.
     """
     check_fractions_and_seeds(fractions, seeds)
@@ -333,7 +333,7 @@ def evaluate_linear_probe(
                 validation_thresholds(probe.margins(validation[0]), validation[1], labels) if validation else None
             )
             by_seed[str(draw)] = {
-                **run_metrics(truth["test"], margins[fraction, draw], labels, thresholds[-1]),
+                "metrics": run_metrics(truth["test"], margins[fraction, draw], labels, thresholds[-1]),
                 **subset_size(patient_ids["train"], chosen),
                 "constant_labels": probe.constant_labels,
                 "l2": probe.l2,
@@ -341,7 +341,8 @@ def evaluate_linear_probe(
         entries = list(by_seed.values())
         results[f"{100 * fraction:g} %"] = {
             "fraction": fraction,
-            **{key: float(np.mean([entry[key] for entry in entries])) for key in ("num_patients", "num_images")},
+            "num_patients": entries[0]["num_patients"],  # the same for every seed
+            "num_images": float(np.mean([entry["num_images"] for entry in entries])),
             **seeds_summary(
                 truth["test"],
                 [margins[fraction, draw] for draw in seeds],

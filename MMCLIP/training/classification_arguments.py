@@ -1,6 +1,7 @@
 """What a fine-tuning run can be told; keys, YAML files and errors work as in arguments.py."""
 
 import dataclasses
+import logging
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +11,7 @@ from ..text.vocabulary import canonical_label
 from .arguments import MMCLIPTrainingArguments, _check_key, _option, _Parser, _yaml_arguments
 
 
+logger = logging.getLogger(__name__)
 METHODS = ("probe", "frozen", "full", "lora")
 TASKS = ("multi-label", "multi-class")
 
@@ -79,7 +81,7 @@ class ClassificationArguments:
             methods = of_methods.get(item.name, METHODS)
             default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
             if self.method not in methods and getattr(self, item.name) != default:
-                raise ValueError(
+                logger.warning(
                     f"`{item.name}` does nothing under the method {self.method}; it is for {', '.join(methods)}."
                 )
 
@@ -187,6 +189,6 @@ def parse_classification_config(
                 "There are no validation rows, on which the best checkpoint would be chosen. Give "
                 "`validation_manifest` or `num_validation_phantoms`, or set `eval_strategy: no`, and the last is taken."
             )
-    if model.early_stopping_patience is not None and not training.load_best_model_at_end:
+    if model.early_stopping_patience is not None and model.method != "probe" and not training.load_best_model_at_end:
         raise ValueError("`early_stopping_patience` needs `eval_strategy` and `load_best_model_at_end`.")
     return model, data, training

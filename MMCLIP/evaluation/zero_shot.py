@@ -14,25 +14,40 @@ from torch import Tensor, nn
 
 from ..text.prompt_sets import PromptSet, prompt_set
 from ..text.vocabulary import canonical_label, with_broader_labels
+from .calibration import expected_calibration_error, fit_temperature
 from .embeddings import EmbeddingCache, image_features, text_features
-from .metrics import UNKNOWN, classification_metrics
+from .metrics import UNKNOWN, choose_thresholds, classification_metrics, multiclass_metrics
 
 
 class ZeroShotPredictions(NamedTuple):
     """What was scored: `row_ids` (n,), names of `labels` (F,), `targets` (n, F) of 1 present, 0 absent, -100 unknown.
 
     `margins` (n, F) are logits of positive minus negative prompt: they rank images that all round to P(present) = 1.
+    `temperature` was fitted on validation rows, 1 where there were none, and divides the margins of `scores`.
     """
 
     row_ids: list[str]
     labels: list[str]
     targets: np.ndarray
     margins: np.ndarray
+    temperature: float = 1.0
 
     @property
     def scores(self) -> np.ndarray:
         """P(present), (n, F) in [0, 1]; no probability but an order of images where prompts have no negative side."""
-        return torch.from_numpy(self.margins).sigmoid().numpy()
+        return torch.from_numpy(self.margins / self.temperature).sigmoid().numpy()
+
+
+class ClassPredictions(NamedTuple):
+    """Images of exactly one class each: `row_ids` (n,), names of `labels` (K,), `classes` (n,) as columns of `logits`.
+
+    `logits` (n, K) are scaled similarities to the positive texts of each class; their softmax is P(class).
+    """
+
+    row_ids: list[str]
+    labels: list[str]
+    classes: np.ndarray
+    logits: np.ndarray
 
 
 def side_logits(
@@ -161,7 +176,7 @@ def _by_source(sources: Sequence[str], targets: np.ndarray, margins: np.ndarray,
     return result
 
 
-def _scored_rows(
+def scored_rows(
     rows: datasets.Dataset, labels: Sequence[str] | None
 ) -> tuple[datasets.Dataset, list[str], dict[str, int]]:
     """The rows with an image and a label, the labels by their canonical names, and how many rows lack either."""
@@ -185,7 +200,7 @@ def check_scorable(
     rows: datasets.Dataset, labels: Sequence[str] | None = None, fully_labelled: Sequence[str] = ()
 ) -> None:
     """Raises `ValueError` when [`evaluate_zero_shot`] would skip every label, for want of one of the two values."""
-    kept, labels, _ = _scored_rows(rows, labels)
+    kept, labels, _ = scored_rows(rows, labels)
     targets, _ = label_matrix(kept, labels, fully_labelled=fully_labelled)
     if not ((targets == 1).any(axis=0) & (targets == 0).any(axis=0)).any():
         raise ValueError(
@@ -194,12 +209,20 @@ def check_scorable(
         )
 
 
+def patient_names(rows: datasets.Dataset) -> list[str]:
+    """The patient of each row, "" where unknown; equal names in two sources are two patients."""
+    return [
+        f"{source}\0{name}" if name else "" for source, name in zip(rows["source"], rows["patient_id"], strict=True)
+    ]
+
+
 def evaluate_zero_shot(
     model,
     processor,
     rows: datasets.Dataset,
     labels: Sequence[str] | None = None,
     *,
+    validation_rows: datasets.Dataset | None = None,
     unlisted_is_absent: bool | None = None,
     fully_labelled: Sequence[str] = (),
     prompts: str | PromptSet = "mmclip",
@@ -218,25 +241,75 @@ def evaluate_zero_shot(
     without an image, and rows without a label, are left out and counted. Intervals draw patients with replacement,
     equal names in two sources being two patients. With a `cache` each image is embedded once. Where rows come from
     several sources the AUROCs within each source are added under `by_source`, as a source can give a label away.
-    """
-    kept, labels, lacking = _scored_rows(rows, labels)
-    targets, num_by_rule = label_matrix(kept, labels, unlisted_is_absent, fully_labelled)
-    prompts = prompt_set(prompts) if isinstance(prompts, str) else prompts
-    prompts.texts(labels)  # a label without a text is an error before the long part
-    features = image_features(
-        model, processor, kept, cache=cache, batch_size=batch_size, num_workers=num_workers, progress=progress
-    )
-    margins = prompt_margins(model, processor, features.embeds, labels, prompts, cache).numpy()
 
-    sources = kept["source"]
-    patients = [f"{source}\0{name}" if name else "" for source, name in zip(sources, kept["patient_id"], strict=True)]
-    result = classification_metrics(targets, margins, labels, patients, num_bootstrap, seed)
-    result.update(lacking)
+    Thresholds, and the temperature of probabilities, are chosen on `validation_rows` alone; without these there is
+    neither F1 nor accuracy nor calibration. A set of prompts without negative texts gives no probabilities.
+    """
+    prompts = prompt_set(prompts) if isinstance(prompts, str) else prompts
+
+    def scored(rows: datasets.Dataset, labels: Sequence[str] | None):
+        kept, labels, lacking = scored_rows(rows, labels)
+        targets, num_by_rule = label_matrix(kept, labels, unlisted_is_absent, fully_labelled)
+        prompts.texts(labels)  # a label without a text is an error before the long part
+        features = image_features(
+            model, processor, kept, cache=cache, batch_size=batch_size, num_workers=num_workers, progress=progress
+        )
+        margins = prompt_margins(model, processor, features.embeds, labels, prompts, cache).numpy()
+        return kept, labels, targets, margins, {**lacking, "num_unlisted_is_absent": num_by_rule}
+
+    kept, labels, targets, margins, counts = scored(rows, labels)
+    options, temperature = {}, None
+    if validation_rows is not None:
+        chosen = scored(validation_rows, labels)
+        options["thresholds"] = choose_thresholds(chosen[2], chosen[3], labels)
+        if all(negative for _, negative in prompts.texts(labels)) and (chosen[2] != UNKNOWN).any():
+            temperature = fit_temperature(chosen[2], chosen[3])
+            options["probabilities"] = torch.from_numpy(margins / temperature).sigmoid().numpy()
+
+    patients = patient_names(kept)
+    result = classification_metrics(targets, margins, labels, patients, num_bootstrap, seed, **options)
+    result.update(counts)
     result["num_patients"] = len(set(patients) - {""}) + patients.count("")
-    result["num_unlisted_is_absent"] = num_by_rule  # images in which a label that is not named counts as absent
     result["fully_labelled"] = list(fully_labelled)
     result["prompts"] = {"name": prompts.name, "source": prompts.source, "pooling": prompts.pooling}
-    if len(set(sources)) > 1:
-        result["by_source"] = _by_source(sources, targets, margins, labels)
-    predictions = ZeroShotPredictions(list(kept["row_id"]), labels, targets, margins)
+    if temperature is not None:
+        result["temperature"] = temperature
+        error = expected_calibration_error(targets, torch.from_numpy(margins).sigmoid().numpy())
+        result["ece_as_it_is"] = None if np.isnan(error) else error
+    if len(set(kept["source"])) > 1:
+        result["by_source"] = _by_source(kept["source"], targets, margins, labels)
+    predictions = ZeroShotPredictions(list(kept["row_id"]), labels, targets, margins, temperature or 1.0)
     return {"zero_shot": result}, predictions
+
+
+def evaluate_zero_shot_classes(
+    model,
+    processor,
+    rows: datasets.Dataset,
+    classes: np.ndarray,
+    labels: Sequence[str],
+    *,
+    prompts: str | PromptSet = "mmclip",
+    batch_size: int = 64,
+    num_bootstrap: int = 1000,
+    seed: int = 0,
+    num_workers: int = 0,
+    progress: str = "",
+    cache: EmbeddingCache | None = None,
+) -> tuple[dict, ClassPredictions]:
+    """Zero-shot metrics where each image has exactly one of K classes, `{"zero_shot": {...}}`, and the logits.
+
+    `rows` all have an image, `classes` (n,) are their numbers in `labels`. The class whose positive texts an image
+    resembles most wins; negative texts play no part.
+    """
+    prompts = prompt_set(prompts) if isinstance(prompts, str) else prompts
+    prompts.texts(labels)
+    features = image_features(
+        model, processor, rows, cache=cache, batch_size=batch_size, num_workers=num_workers, progress=progress
+    )
+    logits = side_logits(model, processor, features.embeds, labels, prompts, cache)[..., 0].numpy()
+    patients = patient_names(rows)
+    result = multiclass_metrics(classes, logits, labels, patients, num_bootstrap, seed)
+    result["num_patients"] = len(set(patients) - {""}) + patients.count("")
+    result["prompts"] = {"name": prompts.name, "source": prompts.source, "pooling": prompts.pooling}
+    return {"zero_shot": result}, ClassPredictions(list(rows["row_id"]), list(labels), classes, logits)

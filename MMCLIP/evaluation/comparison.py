@@ -1,0 +1,306 @@
+"""Checkpoints on protocols: every evaluation that applies, from one pass of each data set through each model.
+
+`load_trial` reads the rows of a protocol and what is true of them, `evaluate_model` measures one checkpoint on them,
+`compare_models` sets two against each other on the same patients, and `trial_controls` says what can be had without
+looking at the images. What each measure means stands in the module that makes it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import numpy as np
+
+from ..text.prompt_sets import PromptSet, prompt_set
+from ..text.vocabulary import NO_FINDING
+from . import bootstrap
+from .controls import class_control_results, control_results, shuffled_control
+from .embeddings import EmbeddingCache, image_features, model_fingerprint, rows_fingerprint, text_features
+from .grounding import GroundingScores, compare_grounding, evaluate_grounding, rows_with_lesions
+from .linear_probe import evaluate_linear_probe
+from .negation import evaluate_negation, evaluate_side
+from .protocols import Protocol, check_labels, class_targets, protocol_rows
+from .retrieval import compare_retrieval, evaluate_retrieval, report_names, retrieval_rows
+from .zero_shot import (
+    ClassPredictions,
+    ZeroShotPredictions,
+    evaluate_zero_shot,
+    evaluate_zero_shot_classes,
+    label_matrix,
+    patient_names,
+    scored_rows,
+)
+
+
+ROLES = ("test", "validation", "train")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to evaluate. `evaluations` and `prompts` are those of each protocol when None."""
+
+    evaluations: tuple[str, ...] | None = None
+    prompts: str | None = None
+    fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
+    seeds: tuple[int, ...] = (0,)
+    num_bootstrap: int = 1000
+    seed: int = 0
+    batch_size: int = 64
+    num_workers: int = 0
+    progress: bool = False
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One protocol on one data set.
+
+    `rows` maps roles to all their rows, `scored` to those with an image and a label, whose `targets` are (n, F) of
+    1 present, 0 absent, -100 unknown; under a multi-class protocol (n,) class numbers. `test` is always there.
+    """
+
+    protocol: Protocol
+    place: str
+    prompts: PromptSet
+    labels: list[str]
+    unused_labels: list[str]
+    rows: dict[str, datasets.Dataset]
+    scored: dict[str, datasets.Dataset]
+    targets: dict[str, np.ndarray]
+    patients: dict[str, list[str]]
+
+    @property
+    def is_multi_class(self) -> bool:
+        return self.protocol.task == "multi-class"
+
+
+@dataclass
+class Outcome:
+    """What one model made of one trial: `results` for JSON, and the scores behind them for tables and comparisons."""
+
+    results: dict[str, Any] = field(default_factory=dict)
+    zero_shot: ZeroShotPredictions | ClassPredictions | None = None
+    linear_probe: dict[tuple[float, int], np.ndarray] = field(default_factory=dict)
+    ranks: Any = None
+    grounding: GroundingScores | None = None
+    negation: Any = None
+
+
+def load_trial(protocol: Protocol, place: str, prompts: str | None = None) -> Trial:
+    """Read what a protocol needs, with every check that can be made before a model is loaded.
+
+    `prompts` takes the place of the protocol's own set of prompts.
+    """
+    rows = {role: protocol_rows(protocol, place, role) for role in ROLES}
+    rows = {role: part for role, part in rows.items() if part is not None}
+    chosen = prompt_set(prompts or protocol.prompts)
+    scored, targets, patients = {}, {}, {}
+    labels, unused = list(protocol.labels) or None, []
+    for role, part in rows.items():
+        scored[role], labels, _ = scored_rows(part, labels)
+        if role == "test":
+            labels, unused = check_labels(protocol, scored[role], chosen, labels)
+        if protocol.task == "multi-class":
+            targets[role] = class_targets(scored[role], labels)
+        else:
+            targets[role], _ = label_matrix(scored[role], labels, protocol.unlisted_is_absent, protocol.fully_labelled)
+        patients[role] = patient_names(scored[role])
+    return Trial(protocol, place, chosen, labels, unused, rows, scored, targets, patients)
+
+
+def describe_trial(trial: Trial) -> dict:
+    """What a reader needs to know of the data: counts, hash of the test rows, the prompts word for word, cautions."""
+    pairs = zip(trial.labels, trial.prompts.texts(trial.labels), strict=True)
+    patients = trial.patients["test"]
+    return {
+        "protocol": trial.protocol.name,
+        "source": trial.protocol.source,
+        "task": trial.protocol.task,
+        "place": trial.place,
+        "data_hash": rows_fingerprint(trial.scored["test"]),
+        "labels": trial.labels,
+        "unused_labels": trial.unused_labels,
+        "num_rows": {role: len(part) for role, part in trial.rows.items()},
+        "num_scored": {role: len(part) for role, part in trial.scored.items()},
+        "num_patients": len(set(patients) - {""}) + patients.count(""),
+        "prompts": {
+            "name": trial.prompts.name,
+            "source": trial.prompts.source,
+            "pooling": trial.prompts.pooling,
+            "texts": {label: {"positive": list(yes), "negative": list(no)} for label, (yes, no) in pairs},
+        },
+        "cautions": list(trial.protocol.cautions),
+    }
+
+
+def applicable(trial: Trial, evaluations: Sequence[str] | None) -> dict[str, str]:
+    """Evaluation -> "" where it can be made, else why not. One that was asked for by name must be possible."""
+    rows = trial.rows["test"]
+    reasons = {}
+    for name in evaluations or trial.protocol.evaluations:
+        reason = ""
+        if name == "linear_probe" and "train" not in trial.scored:
+            reason = f"the data have no training rows (split {trial.protocol.train_split!r})"
+        elif name == "retrieval" and len(retrieval_rows(rows)) < 2:
+            reason = "fewer than two rows have an image and a report"
+        elif name == "grounding" and not rows_with_lesions(rows):
+            reason = "no row has a mask or a box"
+        elif name == "negation" and (trial.is_multi_class or set(trial.labels) <= {NO_FINDING}):
+            reason = "no finding is stated as present and absent"
+        if reason and evaluations:
+            raise ValueError(f"{trial.protocol.name}: {name} cannot be measured, as {reason}. Leave it out.")
+        reasons[name] = reason
+    return reasons
+
+
+def evaluate_model(model, processor, trial: Trial, options: Options, cache: EmbeddingCache | None = None) -> Outcome:
+    """Every evaluation of a trial that applies. With one `cache` each image goes through the tower once."""
+    cache = EmbeddingCache() if cache is None else cache
+    outcome = Outcome({"model_hash": model_fingerprint(model, processor), "left_out": {}})
+    passes = {"cache": cache, "batch_size": options.batch_size, "num_workers": options.num_workers}
+    draws = {"num_bootstrap": options.num_bootstrap, "seed": options.seed}
+
+    def features(rows: datasets.Dataset, what: str):
+        return image_features(model, processor, rows, progress=what if options.progress else "", **passes)
+
+    features(trial.rows["test"].select(_pictured(trial.rows["test"])), "test images")  # for all that follows
+    for name, reason in applicable(trial, options.evaluations).items():
+        if reason:
+            outcome.results["left_out"][name] = reason
+        elif name == "zero_shot":
+            _zero_shot(model, processor, trial, outcome, passes | draws)
+        elif name == "linear_probe":
+            pooled = {role: features(rows, f"{role} images").pooled for role, rows in trial.scored.items()}
+            outcome.results[name], outcome.linear_probe = evaluate_linear_probe(
+                pooled,
+                trial.targets,
+                trial.labels,
+                trial.patients,
+                fractions=options.fractions,
+                seeds=options.seeds,
+                **draws,
+            )
+        elif name == "retrieval":
+            rows = retrieval_rows(trial.rows["test"])
+            texts = list(rows["report"])
+            outcome.results[name], outcome.ranks = evaluate_retrieval(
+                features(rows, "images with a report").embeds,
+                text_features(model, processor, texts, cache=cache),
+                texts,
+                patient_names(rows),
+                report_ids=report_names(rows),
+                row_ids=list(rows["row_id"]),
+                **draws,
+            )
+        elif name == "grounding":
+            outcome.results[name], outcome.grounding = evaluate_grounding(
+                model,
+                processor,
+                trial.rows["test"],
+                batch_size=options.batch_size,
+                num_workers=options.num_workers,
+                progress="heat maps" if options.progress else "",
+                **draws,
+            )
+        else:
+            embeds = features(trial.scored["test"], "test images").embeds
+            _negation(model, processor, trial, outcome, embeds, cache, draws)
+    return outcome
+
+
+def _pictured(rows: datasets.Dataset) -> list[int]:
+    return [number for number, image in enumerate(rows.select_columns("image")["image"]) if image is not None]
+
+
+def _zero_shot(model, processor, trial: Trial, outcome: Outcome, options: Mapping[str, Any]) -> None:
+    rows = trial.scored["test"]
+    if trial.is_multi_class:
+        results, outcome.zero_shot = evaluate_zero_shot_classes(
+            model, processor, rows, trial.targets["test"], trial.labels, prompts=trial.prompts, **options
+        )
+    else:
+        results, outcome.zero_shot = evaluate_zero_shot(
+            model,
+            processor,
+            rows,
+            trial.labels,
+            validation_rows=trial.scored.get("validation"),
+            unlisted_is_absent=trial.protocol.unlisted_is_absent,
+            fully_labelled=trial.protocol.fully_labelled,
+            prompts=trial.prompts,
+            **options,
+        )
+        results["zero_shot"]["shuffled_labels"] = shuffled_control(
+            trial.targets["test"], outcome.zero_shot.margins, trial.labels, trial.patients["test"], seed=options["seed"]
+        )
+    outcome.results["zero_shot"] = results["zero_shot"]
+
+
+def _negation(model, processor, trial: Trial, outcome: Outcome, embeds, cache, draws: Mapping[str, int]) -> None:
+    rows, targets = trial.scored["test"], trial.targets["test"]
+    try:
+        outcome.results["negation"], outcome.negation = evaluate_negation(
+            model, processor, embeds, targets, trial.labels, trial.patients["test"], cache=cache, **draws
+        )
+    except ValueError as error:
+        outcome.results["left_out"]["negation"] = str(error)
+    try:
+        outcome.results["side"], _ = evaluate_side(model, processor, rows, embeds, cache=cache, **draws)
+    except ValueError as error:
+        outcome.results["left_out"]["side"] = str(error)
+
+
+def trial_controls(trial: Trial, options: Options) -> dict:
+    """What the view and the source of the test images alone tell of their labels: no model, no pixel."""
+    roles = [role for role in ("test", "train") if role in trial.scored]
+    train = (trial.scored["train"], trial.targets["train"]) if "train" in roles else (None, None)
+    measure = class_control_results if trial.is_multi_class else control_results
+    return measure(
+        trial.scored["test"],
+        trial.targets["test"],
+        trial.labels,
+        trial.patients["test"],
+        *train,
+        num_bootstrap=options.num_bootstrap,
+        seed=options.seed,
+    )
+
+
+def compare_models(trial: Trial, first: Outcome, second: Outcome, options: Options) -> dict:
+    """`first` minus `second` for what both have, with 95 % intervals and p-values from the same draws of patients."""
+    draws = {"num_bootstrap": options.num_bootstrap, "seed": options.seed}
+    targets, patients = trial.targets["test"], trial.patients["test"]
+    differences = {}
+    if first.zero_shot is not None and second.zero_shot is not None:
+        if trial.is_multi_class:
+            differences["zero_shot"] = bootstrap.compare_multiclass(
+                targets, first.zero_shot.logits, second.zero_shot.logits, trial.labels, patients, **draws
+            )
+        else:
+            thresholds = [_thresholds(outcome.results["zero_shot"]) for outcome in (first, second)]
+            differences["zero_shot"] = bootstrap.compare_models(
+                targets,
+                first.zero_shot.margins,
+                second.zero_shot.margins,
+                trial.labels,
+                patients,
+                thresholds_a=thresholds[0],
+                thresholds_b=thresholds[1],
+                **draws,
+            )
+    compare = bootstrap.compare_multiclass if trial.is_multi_class else bootstrap.compare_models
+    for key in first.linear_probe.keys() & second.linear_probe.keys():
+        name = f"linear_probe at {100 * key[0]:g} %, seed {key[1]}"
+        differences[name] = compare(
+            targets, first.linear_probe[key], second.linear_probe[key], trial.labels, patients, **draws
+        )
+    if first.ranks is not None and second.ranks is not None:
+        differences["retrieval"] = compare_retrieval(first.ranks, second.ranks, **draws)
+    if first.grounding is not None and second.grounding is not None:
+        differences["grounding"] = compare_grounding(first.grounding, second.grounding, **draws)
+    return differences
+
+
+def _thresholds(zero_shot: Mapping) -> dict[str, float] | None:
+    found = {name: values["threshold"] for name, values in zero_shot["per_class"].items() if "threshold" in values}
+    return found or None

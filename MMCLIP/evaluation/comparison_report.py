@@ -1,0 +1,341 @@
+"""The files of a comparison: metrics.json, report.md, tables of scores for each image, and figures."""
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from . import figures
+from .comparison import Outcome, Trial
+from .metrics import UNKNOWN
+from .report import markdown_table, number_cell
+from .zero_shot import ClassPredictions
+
+
+def write_scores(folder: Path, trial: Trial, outcomes: Mapping[str, Outcome]) -> list[Path]:
+    """Tables with a line for each image, `zero_shot.csv` and others, of all models; no report is written.
+
+    Columns are `row_id`, the truth (`target:LABEL` of 1, 0 or empty for unknown; `class`), and for each model the
+    score of each label, `MODEL:LABEL`: the margin of the prompts, the logit of a probe.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, paths = trial.scored["test"], []
+
+    def write(name: str, header: Sequence[str], lines: Iterable[Sequence]) -> None:
+        paths.append(folder / name)
+        with paths[-1].open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(header)
+            writer.writerows(lines)
+
+    def write_labels(name: str, scores: Mapping[str, np.ndarray]) -> None:
+        targets = trial.targets["test"]
+        truth = ["class"] if trial.is_multi_class else [f"target:{label}" for label in trial.labels]
+        header = ["row_id", *truth, *(f"{model}:{label}" for model in scores for label in trial.labels)]
+        lines = []
+        for number, row_id in enumerate(rows["row_id"]):
+            if trial.is_multi_class:
+                true = [trial.labels[targets[number]]]
+            else:
+                true = ["" if value == UNKNOWN else int(value) for value in targets[number]]
+            lines.append([row_id, *true, *(repr(float(s)) for part in scores.values() for s in part[number])])
+        write(name, header, lines)
+
+    predictions = {model: outcome.zero_shot for model, outcome in outcomes.items() if outcome.zero_shot is not None}
+    if predictions:
+        write_labels(
+            "zero_shot.csv",
+            {m: p.logits if isinstance(p, ClassPredictions) else p.margins for m, p in predictions.items()},
+        )
+    keys = {key for outcome in outcomes.values() for key in outcome.linear_probe}
+    for fraction, seed in sorted(keys):
+        probes = {m: o.linear_probe[fraction, seed] for m, o in outcomes.items() if (fraction, seed) in o.linear_probe}
+        write_labels(f"linear_probe_{100 * fraction:g}_percent_seed_{seed}.csv", probes)
+    for name, tables in (
+        ("retrieval.csv", {m: o.ranks.table() for m, o in outcomes.items() if o.ranks is not None}),
+        ("grounding.csv", {m: o.grounding.table() for m, o in outcomes.items() if o.grounding is not None}),
+    ):
+        lines = [{"model": model, **line} for model, table in tables.items() for line in table]
+        if lines:
+            write(name, list(lines[0]), (line.values() for line in lines))
+    return paths
+
+
+def draw(folder: Path, trial: Trial, outcomes: Mapping[str, Outcome]) -> list[Path]:
+    """ROC, precision-recall, calibration, bars with intervals and confusion of all models, as far as they exist."""
+    predictions = {model: outcome.zero_shot for model, outcome in outcomes.items() if outcome.zero_shot is not None}
+    results = {model: outcomes[model].results["zero_shot"] for model in predictions}
+    drawn = []
+    if not predictions:
+        return drawn
+    if trial.is_multi_class:
+        matrices = {model: np.array(values["confusion"]) for model, values in results.items()}
+        drawn.append(figures.plot_confusion(matrices, trial.labels, folder / "confusion.png"))
+        recalls = {
+            m: {name: (values["recall"], values.get("recall_ci")) for name, values in r["per_class"].items()}
+            for m, r in results.items()
+        }
+        return [*drawn, figures.plot_bars(recalls, folder / "bars.png", "recall")]
+    if any(values["per_class"] for values in results.values()):
+        drawn.append(figures.plot_roc(predictions, folder / "roc.png"))
+        drawn.append(figures.plot_precision_recall(predictions, folder / "precision_recall.png"))
+        areas = {
+            m: {name: (values["auroc"], values["auroc_ci"]) for name, values in r["per_class"].items()}
+            for m, r in results.items()
+        }
+        drawn.append(figures.plot_bars(areas, folder / "bars.png", "AUROC (95 % interval)"))
+    if all(negative for _, negative in trial.prompts.texts(trial.labels)):
+        temperatures = {m: r["temperature"] for m, r in results.items() if "temperature" in r}
+        drawn.append(figures.plot_calibration(predictions, temperatures, folder / "calibration.png"))
+    counts = {
+        m: {name: values["confusion"] for name, values in r["per_class"].items() if "confusion" in values}
+        for m, r in results.items()
+    }
+    if all(counts.values()):
+        drawn.append(figures.plot_label_confusion(counts, folder / "confusion.png"))
+    return drawn
+
+
+# ------------------------------------------------------------------------------------------------------------ report.md
+
+
+def write_report(path: Path, results: Mapping, drawn: Mapping[str, Sequence[Path]]) -> Path:
+    """report.md from the same `results` as metrics.json; the figures `drawn` of each trial are linked."""
+    lines = ["# Evaluation of MMCLIP checkpoints", ""]
+    lines += [f"- command: `{results['command']}`"]
+    lines += [f"- {name}: `{entry['path']}`, hash `{entry['hash']}`" for name, entry in results["models"].items()]
+    lines += ["- versions: " + ", ".join(f"{name} {version}" for name, version in results["versions"].items())]
+    lines += ["", "Values are given with 95 % bootstrap intervals over patients. Research only, no diagnosis."]
+    for name, trial in results["trials"].items():
+        lines += ["", f"## {name}", "", *_about(trial)]
+        for section in (
+            _headline,
+            _zero_shot,
+            _controls,
+            _linear_probe,
+            _retrieval,
+            _grounding,
+            _negation,
+            _differences,
+        ):
+            lines += section(trial)
+        for figure in drawn.get(name, ()):
+            title = figure.stem.replace("_", " ")
+            lines += ["", f"![{title}]({figure.relative_to(path.parent).as_posix()})"]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def _about(trial: Mapping) -> list[str]:
+    data = trial["data"]
+    counts = ", ".join(f"{count} {role}" for role, count in data["num_scored"].items())
+    lines = [
+        f"{data['source']}",
+        "",
+        f"- data: `{data['place'] or data['protocol']}`, hash `{data['data_hash']}`; labelled images: {counts}; "
+        f"{data['num_patients']} test patients",
+        f"- prompts: `{data['prompts']['name']}` ({data['prompts']['source']}), pooled by "
+        f"`{data['prompts']['pooling']}`; word for word in metrics.json",
+    ]
+    if data["unused_labels"]:
+        lines.append(f"- labels of the data that the protocol does not score: {', '.join(data['unused_labels'])}")
+    lines += [f"- caution: {caution}" for caution in data["cautions"]]
+    left_out = {f"{n}: {reason}" for r in trial["models"].values() for n, reason in r["left_out"].items()}
+    lines += [f"- not measured, {entry}" for entry in sorted(left_out)]
+    return lines
+
+
+def _cell(values: Mapping, key: str) -> str:
+    return number_cell(values.get(key), values.get(f"{key}_ci"))
+
+
+def _part(trial: Mapping, name: str) -> dict[str, Mapping]:
+    """model -> its results of one evaluation, of the models that have them."""
+    return {model: results[name] for model, results in trial["models"].items() if name in results}
+
+
+HEADLINES = {
+    "zero_shot": ("macro_auroc", "macro_average_precision", "macro_f1", "macro_mcc", "accuracy", "macro_ece"),
+}
+TITLES = {
+    "macro_auroc": "macro AUROC", "macro_average_precision": "macro average precision", "macro_f1": "macro F1",
+    "macro_mcc": "macro MCC", "accuracy": "accuracy", "macro_ece": "macro ECE",
+}  # fmt: skip
+
+
+def _headline(trial: Mapping) -> list[str]:
+    part = _part(trial, "zero_shot")
+    keys = [key for key in HEADLINES["zero_shot"] if any(values.get(key) is not None for values in part.values())]
+    if not keys:
+        return []
+    rows = [[model, *(_cell(values, key) for key in keys)] for model, values in part.items()]
+    lines = ["", "### Zero-shot", "", markdown_table(["model", *(TITLES[key] for key in keys)], rows)]
+    values = next(iter(part.values()))
+    notes = [f"{values['num_images']} images."]
+    if values.get("skipped"):
+        named = ", ".join(f"{entry['name']} ({entry['reason']})" for entry in values["skipped"])
+        notes.append(f"Skipped, {values['num_skipped']} labels: {named}.")
+    if any("macro_f1" in v and v["macro_f1"] is not None for v in part.values()):
+        notes.append("Thresholds and temperature come from the validation rows.")
+    elif "macro_auroc" in values and "oracle_threshold" in next(iter(values["per_class"].values()), {}):
+        notes.append("There are no validation rows, so there is no F1 or accuracy but at the oracle threshold.")
+    return [*lines, "", " ".join(notes)]
+
+
+def _zero_shot(trial: Mapping) -> list[str]:
+    part = _part(trial, "zero_shot")
+    lines = []
+    for model, values in part.items():
+        per_class = values.get("per_class", {})
+        if not per_class:
+            continue
+        if "auroc_ci" in next(iter(per_class.values())) and "average_precision" in next(iter(per_class.values())):
+            columns = ["auroc", "average_precision", "sensitivity_at_specificity", "f1", "accuracy", "mcc", "ece"]
+            titles = ["AUROC", "average precision", "sensitivity at 90 % specificity", "F1", "accuracy", "MCC", "ECE"]
+        else:
+            columns, titles = ["recall", "precision", "f1", "auroc"], ["recall", "precision", "F1", "AUROC"]
+        shown = [
+            (k, t)
+            for k, t in zip(columns, titles, strict=True)
+            if any(v.get(k) is not None for v in per_class.values())
+        ]
+        oracle = any(v.get("oracle_threshold") for v in per_class.values())
+        header = ["finding", *(title for _, title in shown), *(["F1, oracle threshold"] if oracle else []), "present"]
+        rows = []
+        for name, v in per_class.items():
+            best = [number_cell(v["oracle_threshold"]["f1"])] if oracle else []
+            rows.append([name, *(_cell(v, key) for key, _ in shown), *best, v.get("num_positive", v.get("num_images"))])
+        lines += ["", f"**{model}**", "", markdown_table(header, rows)]
+        if values.get("temperature") is not None:
+            lines += ["", f"Temperature {values['temperature']:.3g}; ECE without it {values['ece_as_it_is']:.3f}."]
+        for source, inner in values.get("by_source", {}).items():
+            lines += [
+                "",
+                f"Within {source} ({inner['num_images']} images): macro AUROC {number_cell(inner['macro_auroc'])}.",
+            ]
+    return lines
+
+
+def _controls(trial: Mapping) -> list[str]:
+    rows = []
+    for model, values in _part(trial, "zero_shot").items():
+        if "shuffled_labels" in values:
+            shuffled = values["shuffled_labels"]
+            rows.append(
+                [f"{model}, labels shuffled", number_cell(shuffled["macro_auroc"], shuffled["macro_auroc_range"])]
+            )
+    key = next(
+        (
+            k
+            for v in trial["controls"].values()
+            if isinstance(v, Mapping)
+            for k in ("macro_auroc", "accuracy")
+            if k in v
+        ),
+        "",
+    )
+    for name, values in trial["controls"].items():
+        if isinstance(values, Mapping):
+            value = _cell(values, key) if values.get(key) is not None else values.get("reason", "n/a")
+            rows.append([name.replace("_", " "), value])
+    if not rows:
+        return []
+    lines = ["", "Controls, which see no image or no true label:", ""]
+    return [*lines, markdown_table(["control", TITLES.get(key, key) or "macro AUROC"], rows)]
+
+
+def _linear_probe(trial: Mapping) -> list[str]:
+    part = _part(trial, "linear_probe")
+    rows = []
+    for model, values in part.items():
+        for fraction, inner in values["fractions"].items():
+            key = "macro_auroc" if "macro_auroc" in inner else "accuracy"
+            rows.append(
+                [model, fraction, inner["num_patients"], _cell(inner, key), number_cell(inner.get(f"{key}_sd"))]
+            )
+    if not rows:
+        return []
+    header = ["model", "training patients", "number", "macro AUROC" if key == "macro_auroc" else key, "sd over seeds"]
+    return ["", "### Linear probe", "", markdown_table(header, rows)]
+
+
+def _retrieval(trial: Mapping) -> list[str]:
+    rows, columns = [], ("recall_at_1", "recall_at_5", "recall_at_10", "median_rank")
+    for model, values in _part(trial, "retrieval").items():
+        for direction in ("image_to_text", "text_to_image"):
+            for rule, inner in values[direction].items():
+                cells = [_cell(inner, key) for key in columns]
+                rows.append([model, direction.replace("_", " "), rule.replace("_", " "), *cells])
+    if not rows:
+        return []
+    titles = ("Recall@1", "Recall@5", "Recall@10", "median rank")
+    return ["", "### Retrieval", "", markdown_table(["model", "direction", "a hit is", *titles], rows)]
+
+
+def _grounding(trial: Mapping) -> list[str]:
+    rows, columns = [], ("heatmap_auroc", "average_precision", "pointing_game")
+    part = _part(trial, "grounding")
+    for model, values in part.items():
+        rows.append([f"**{model}**", *(_cell(values, key) for key in columns), values["num_pairs"]])
+        rows += [
+            [f"{model}, control: {name.replace('_', ' ')}", *(_cell(inner, key) for key in columns), ""]
+            for name, inner in values["controls"].items()
+        ]
+        rows += [
+            [f"{model}, {name}", *(_cell(inner, key) for key in columns), inner["num_pairs"]]
+            for name, inner in values["per_finding"].items()
+        ]
+    if not rows:
+        return []
+    values = next(iter(part.values()))
+    chance = [number_cell(values[f"{key}_chance"]) for key in columns]
+    rows.append(["chance", *chance, ""])
+    header = ["map", "AUROC", "average precision", "pointing game", "lesions"]
+    return ["", "### Grounding", "", markdown_table(header, rows)]
+
+
+def _negation(trial: Mapping) -> list[str]:
+    lines = []
+    for name, title, (first, second) in (
+        ("negation", "Negation: 'There is X.' against 'There is no X.'", ("positive", "negative")),
+        ("side", "Side: left against right", ("left", "right")),
+    ):
+        keys = ["auroc", "balanced_accuracy", f"accuracy_{first}", f"accuracy_{second}"]
+        titles = ["AUROC", "balanced accuracy", f"accuracy, {first}", f"accuracy, {second}"]
+        if name == "negation":
+            keys, titles = [*keys, "control_auroc"], [*titles, "AUROC of 'There is X.' alone"]
+        rows = []
+        for model, values in _part(trial, name).items():
+            rows.append([f"**{model}**, mean", *(_cell(values, f"macro_{key}") for key in keys)])
+            rows += [
+                [f"{model}, {finding}", *(_cell(inner, key) for key in keys)]
+                for finding, inner in values["per_finding"].items()
+            ]
+        if rows:
+            lines += ["", f"### {title}", "", markdown_table(["", *titles], rows)]
+    return lines
+
+
+def _differences(trial: Mapping) -> list[str]:
+    rows = []
+    for pair, parts in trial["differences"].items():
+        for part, values in parts.items():
+            for key, value in values.items():
+                if isinstance(value, Mapping) and "difference" in value:
+                    interval = value.get("ci", value.get("difference_ci"))
+                    p_value = value.get("p_value")
+                    shown = "n/a" if p_value is None else f"{p_value:.3f}"
+                    rows.append(
+                        [
+                            pair,
+                            part.replace("_", " "),
+                            key.replace("_", " "),
+                            number_cell(value["difference"], interval),
+                            shown,
+                        ]
+                    )
+    if not rows:
+        return []
+    lines = ["", "### Differences, on the same patients", ""]
+    return [*lines, markdown_table(["models", "evaluation", "measure", "difference (95 %)", "p"], rows)]

@@ -19,6 +19,7 @@ from MMCLIP import MMCLIPConfig, MMCLIPForPreTraining, MMCLIPImageProcessor, MMC
 from MMCLIP.data.phantom import FINDINGS
 from MMCLIP.data.readers import COLUMN_NAMES, SOURCES, source_reader
 from MMCLIP.training.arguments import DataArguments, MMCLIPTrainingArguments, ModelArguments, parse_run_config
+from MMCLIP.training.classification_arguments import parse_classification_config
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,7 +119,8 @@ def parser_of(script: str):
 
 
 def test_each_command_parses(home):
-    parse = {script: parser_of(script) for script in ("run_zero_shot", "prepare_data")}
+    scripts = ("run_zero_shot", "run_evaluation", "run_retrieval", "show_heatmaps", "prepare_data")
+    parse = {script: parser_of(script) for script in scripts} | {"run_classification": parse_classification_config}
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     kinds, prepared = set(), set()
     for page in PAGES:
@@ -160,6 +162,7 @@ def test_each_option_in_the_text_is_an_option_of_a_run_and_changes_it(page, home
     plain = vars_of(parse_run_config([config_file]))
     scripts = {
         parser_of("run_zero_shot"): ["--model", "m", "--phantoms", "1", "--output_dir", "o"],
+        parser_of("run_evaluation"): ["--model", "m", "--protocol", "phantom", "--output_dir", "o"],
         parser_of("prepare_data"): ["--source", "phantom=1", "--output_dir", "o"],
     }
     options_of = {parse: help_of(parse, capsys) for parse in scripts}

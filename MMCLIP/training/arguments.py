@@ -1,6 +1,5 @@
 """What a run can be told: each key has one home, and a YAML file and the command line set the same keys."""
 
-import dataclasses
 import difflib
 import importlib.util
 import json
@@ -73,7 +72,18 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class AugmentationArguments:
+    """How images are changed in training."""
+
+    max_rotation: float = _option("Augmentation: degrees, either way", 5.0)
+    max_translation: float = _option("Augmentation: share of the side, either way", 0.03)
+    max_scaling: float = _option("Augmentation: share of the size, either way", 0.05)
+    max_contrast: float = _option("Augmentation: change of contrast and gamma, either way", 0.2)
+    noise_std: float = _option("Augmentation: noise in grey levels of 255", 4.0)
+
+
+@dataclass
+class DataArguments(AugmentationArguments):
     """Which images and texts, and what the batch is made of."""
 
     train_manifest: list[str] = _option(
@@ -106,11 +116,6 @@ class DataArguments:
     )
     prompt_labels: list[str] = _option("Findings of the prompt loss; `all`: those that are stated both ways", [])
     validation_labels: list[str] = _option("Labels of the zero-shot validation; left out, all that can be scored", [])
-    max_rotation: float = _option("Augmentation: degrees, either way", 5.0)
-    max_translation: float = _option("Augmentation: share of the side, either way", 0.03)
-    max_scaling: float = _option("Augmentation: share of the size, either way", 0.05)
-    max_contrast: float = _option("Augmentation: change of contrast and gamma, either way", 0.2)
-    noise_std: float = _option("Augmentation: noise in grey levels of 255", 4.0)
 
     def __post_init__(self):
         if not self.train_manifest and not self.num_phantoms:
@@ -118,9 +123,7 @@ class DataArguments:
         parse_labels(self.recognizer_labels)
         self.tokenizer_name_or_path = resolve_path(self.tokenizer_name_or_path)
         self.validation_labels = [canonical_label(label, "validation_labels") for label in self.validation_labels]
-        for path in [*self.train_manifest, *self.validation_manifest]:
-            if not Path(path).exists():
-                raise ValueError(f"There is no manifest file {path}, nor a folder of that name.")
+        check_manifests([*self.train_manifest, *self.validation_manifest])
 
 
 @dataclass
@@ -137,6 +140,12 @@ class MMCLIPTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns: true` would drop the image from every sample; leave it out.")
+
+
+def check_manifests(paths: list[str]) -> None:
+    for path in paths:
+        if not Path(path).exists():
+            raise ValueError(f"There is no manifest file {path}, nor a folder of that name.")
 
 
 def resolve_path(path: str | None) -> str | None:
@@ -217,10 +226,14 @@ def parse_run_config(
 
     Raises `ValueError` for an unknown key, with the nearest known ones, and for a value that its key cannot take.
     """
+    return parse_config((ModelArguments, DataArguments, MMCLIPTrainingArguments), arguments)
+
+
+def parse_config(types: tuple[type, ...], arguments: list[str] | None = None) -> tuple:
+    """As [`parse_run_config`], for any dataclasses: one of each, in their order."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    types = (ModelArguments, DataArguments, MMCLIPTrainingArguments)
     parser = _Parser(types)
-    known = {item.name for kind in types for item in dataclasses.fields(kind) if item.init}
+    known = {item.name for kind in types for item in fields(kind) if item.init}
     if arguments and not arguments[0].startswith("-"):
         path = Path(arguments.pop(0))
         if path.suffix not in (".yaml", ".yml") or not path.is_file():

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from dataclasses import fields
 
 import datasets
 import numpy as np
@@ -21,7 +22,7 @@ from ..modeling_mmclip import MMCLIPForPreTraining
 from ..processing_mmclip import MMCLIPProcessor, default_tokenizer
 from ..text.entities import load_recognizer, parse_labels
 from ..text.vocabulary import canonical_label
-from .arguments import DataArguments, ModelArguments
+from .arguments import AugmentationArguments, DataArguments, ModelArguments
 
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,14 @@ def _new_model(arguments: ModelArguments, tokenizer) -> MMCLIPForPreTraining:
     return MMCLIPForPreTraining.from_vision_text_pretrained(vision, text, **fields)
 
 
+def build_augmentation(data: AugmentationArguments, processor: MMCLIPProcessor) -> RadiographAugmentation:
+    """The changes of training images, between the values that black and white have after the image processor."""
+    levels = processor.image_processor([Image.new("L", (8, 8), level) for level in (0, 255)], return_tensors="pt")
+    black, white = levels["pixel_values"].amax(dim=(1, 2, 3)).tolist()
+    values = {item.name: getattr(data, item.name) for item in fields(AugmentationArguments)}
+    return RadiographAugmentation(black=black, white=white, **values)
+
+
 def build_datasets(
     train_rows: datasets.Dataset,
     data: DataArguments,
@@ -130,17 +139,7 @@ def build_datasets(
     seed: int,
 ) -> tuple[MMCLIPDataset, MMCLIPCollator]:
     """The training set, and the collator that makes its batches and knows its augmentation."""
-    levels = processor.image_processor([Image.new("L", (8, 8), level) for level in (0, 255)], return_tensors="pt")
-    black, white = levels["pixel_values"].amax(dim=(1, 2, 3)).tolist()
-    augmentation = RadiographAugmentation(
-        black=black,
-        white=white,
-        max_rotation=data.max_rotation,
-        max_translation=data.max_translation,
-        max_scaling=data.max_scaling,
-        max_contrast=data.max_contrast,
-        noise_std=data.noise_std,
-    )
+    augmentation = build_augmentation(data, processor)
     recognizer = load_recognizer(data.recognizer, parse_labels(data.recognizer_labels))
     dataset = MMCLIPDataset(train_rows, recognizer=recognizer, seed=seed)
     labels = ()

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import datasets
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer
@@ -23,7 +22,7 @@ from ..evaluation.protocols import class_targets
 from ..evaluation.zero_shot import label_matrix, patient_names, scored_rows
 from ..modeling_mmclip import MMCLIPForImageClassification
 from ..processing_mmclip import MMCLIPProcessor
-from .building import _check_overlap
+from .building import _check_overlap, build_augmentation
 from .classification_arguments import ClassificationArguments, ClassificationDataArguments
 from .trainer import _SetEpoch
 
@@ -156,14 +155,6 @@ class ClassificationDataset(torch.utils.data.Dataset):
             generator = sample_generator((self.seed, int(self._epoch), index), AUGMENTATION_STREAM)
             sample["augmentation_draws"] = torch.from_numpy(RadiographAugmentation.draw(generator))
         return sample
-
-
-def build_augmentation(data: ClassificationDataArguments, processor) -> RadiographAugmentation:
-    """The changes of training images, between the values that black and white have after the image processor."""
-    levels = processor.image_processor([Image.new("L", (8, 8), level) for level in (0, 255)], return_tensors="pt")
-    black, white = levels["pixel_values"].amax(dim=(1, 2, 3)).tolist()
-    names = ("max_rotation", "max_translation", "max_scaling", "max_contrast", "noise_std")
-    return RadiographAugmentation(black=black, white=white, **{name: getattr(data, name) for name in names})
 
 
 # --------------------------------------------------------------------------------------------------------------- model

@@ -2,13 +2,11 @@
 
 import dataclasses
 import logging
-import sys
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 from ..evaluation.linear_probe import check_fractions_and_seeds
 from ..text.vocabulary import canonical_label
-from .arguments import MMCLIPTrainingArguments, _check_key, _option, _Parser, _yaml_arguments
+from .arguments import AugmentationArguments, MMCLIPTrainingArguments, _option, check_manifests, parse_config
 
 
 logger = logging.getLogger(__name__)
@@ -87,7 +85,7 @@ class ClassificationArguments:
 
 
 @dataclass
-class ClassificationDataArguments:
+class ClassificationDataArguments(AugmentationArguments):
     """Which images and labels, and how images are changed in training."""
 
     train_manifest: list[str] = _option(
@@ -107,11 +105,6 @@ class ClassificationDataArguments:
     num_test_phantoms: int = _option("Made-up radiographs to test on", 0)
     phantom_size: int = _option("Their side in pixels", 128)
     phantom_seed: int = _option("Their seed", 0)
-    max_rotation: float = _option("Augmentation: degrees, either way", 5.0)
-    max_translation: float = _option("Augmentation: share of the side, either way", 0.03)
-    max_scaling: float = _option("Augmentation: share of the size, either way", 0.05)
-    max_contrast: float = _option("Augmentation: change of contrast and gamma, either way", 0.2)
-    noise_std: float = _option("Augmentation: noise in grey levels of 255", 4.0)
 
     def __post_init__(self):
         for role, manifest, number in (
@@ -120,9 +113,7 @@ class ClassificationDataArguments:
         ):
             if not getattr(self, manifest) and not getattr(self, number):
                 raise ValueError(f"Nothing to {role} on: give `{manifest}` or `{number}`.")
-        for path in [*self.train_manifest, *self.validation_manifest, *self.test_manifest]:
-            if not Path(path).exists():
-                raise ValueError(f"There is no manifest file {path}, nor a folder of that name.")
+        check_manifests([*self.train_manifest, *self.validation_manifest, *self.test_manifest])
 
     @property
     def has_validation(self) -> bool:
@@ -165,19 +156,8 @@ def parse_classification_config(
     Raises `ValueError` for an unknown key, with the nearest known ones, for a value that its key cannot take, and for
     keys that contradict each other.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     types = (ClassificationArguments, ClassificationDataArguments, ClassificationTrainingArguments)
-    known = {item.name for kind in types for item in fields(kind) if item.init}
-    if arguments and not arguments[0].startswith("-"):
-        path = Path(arguments.pop(0))
-        if path.suffix not in (".yaml", ".yml") or not path.is_file():
-            raise ValueError(f"The first argument must be a YAML file that exists, or a --key, but is {path}.")
-        arguments = _yaml_arguments(path, known) + arguments
-    for argument in arguments:
-        if argument.startswith("--") and argument != "--help":
-            key = argument[2:].partition("=")[0].replace("-", "_")
-            _check_key(key, known | {f"no_{name}" for name in known}, "command line")
-    model, data, training = _Parser(types).parse_args_into_dataclasses(arguments)
+    model, data, training = parse_config(types, arguments)
     if not data.has_validation and model.method != "probe":
         if model.early_stopping_patience is not None:
             raise ValueError(

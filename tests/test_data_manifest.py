@@ -4,7 +4,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from MMCLIP.data.manifest import FEATURES, check_rows
+from MMCLIP.data.manifest import FEATURES, check_rows, has_image, make_row, rows_to_dataset
 
 
 def png(value=0):
@@ -93,3 +93,11 @@ def test_missing_column_is_named():
     with pytest.raises(ValueError, match=r"lacks the columns \['report'\]"):
         check_rows(dataset(row()).remove_columns("report"))
     check_rows(dataset(row()).remove_columns("masks"))
+
+
+def test_which_rows_have_an_image_is_told_in_their_order_after_a_selection_too():
+    made = [make_row(str(number), b"x" if number % 3 else None, source="s", report="r") for number in range(5)]
+    rows = rows_to_dataset(made)
+    assert has_image(rows).tolist() == [False, True, True, False, True]
+    assert has_image(rows.select([4, 3, 1])).tolist() == [True, False, True]
+    assert has_image(rows.select([])).tolist() == []

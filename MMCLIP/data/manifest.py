@@ -22,6 +22,7 @@ import os
 from collections.abc import Iterable, Sequence
 
 import datasets
+import numpy as np
 import pyarrow as pa
 
 from ..text.vocabulary import canonical_label
@@ -129,6 +130,14 @@ def rows_to_dataset(rows: Iterable[dict], chunk_size: int = 10_000) -> datasets.
     return datasets.Dataset(pa.concat_tables(tables), fingerprint=digest.hexdigest())
 
 
+def has_image(rows: datasets.Dataset) -> np.ndarray:
+    """Which rows have an image, (n,) bool; neither pictures nor their bytes are read into Python."""
+    found = [np.zeros(0, dtype=bool)]
+    for table in rows.select_columns("image").with_format("arrow").iter(batch_size=1000):
+        found += [chunk.is_valid().to_numpy(zero_copy_only=False) for chunk in table["image"].chunks]
+    return np.concatenate(found)
+
+
 def check_rows(*rows: datasets.Dataset, where: str = "") -> None:
     """Check datasets of manifest rows, each alone and all together, before anything is trained or measured on them.
 
@@ -152,13 +161,13 @@ def check_rows(*rows: datasets.Dataset, where: str = "") -> None:
         columns = dataset.select_columns([name for name in FEATURES if name not in OPTIONAL]).with_format("arrow")
         for table in columns.iter(batch_size=1000):
             images = table["image"].chunks  # to combine them would copy the pictures
-            has_image = [valid for chunk in images for valid in chunk.is_valid().to_pylist()]
+            pictured = [valid for chunk in images for valid in chunk.is_valid().to_pylist()]
             has_bytes = [valid for chunk in images for valid in chunk.field("bytes").is_valid().to_pylist()]
             paths = [path for chunk in images for path in chunk.field("path").to_pylist()]
             for index, row in enumerate(table.drop_columns(["image"]).to_pylist()):
                 at = f"{prefix}row {row['row_id']!r}"
-                check_row(row, at, has_image[index], seen_ids, seen_labels)
-                if has_image[index] and not has_bytes[index] and not (paths[index] and os.path.isfile(paths[index])):
+                check_row(row, at, pictured[index], seen_ids, seen_labels)
+                if pictured[index] and not has_bytes[index] and not (paths[index] and os.path.isfile(paths[index])):
                     raise ValueError(
                         f"{at}: the image file {paths[index]!r} does not exist. Restore it or drop the row."
                     )

@@ -31,6 +31,11 @@ def patient_numbers(patient_ids: Sequence[str] | None, num_rows: int) -> np.ndar
     return np.unique([name or f"\0{row}" for row, name in enumerate(names)], return_inverse=True)[1]
 
 
+def count_patients(patient_ids: Sequence[str]) -> int:
+    """How many patients there are; "" is a patient of its own."""
+    return len(set(patient_ids) - {""}) + list(patient_ids).count("")
+
+
 def _patient_draws(num_patients: int, num_bootstrap: int, seed: int, width: int) -> Iterator[np.ndarray]:
     """Blocks of (r, num_patients), how often each patient is drawn; `width` numbers a draw are held at once."""
     rng = np.random.default_rng(seed)

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from ..data.manifest import has_image
 from ..text.prompt_sets import PromptSet, prompt_set
 from ..text.vocabulary import NO_FINDING
 from . import bootstrap
@@ -111,7 +112,6 @@ def load_trial(protocol: Protocol, place: str, prompts: str | None = None) -> Tr
 def describe_trial(trial: Trial) -> dict:
     """What a reader needs to know of the data: counts, hash of the test rows, the prompts word for word, cautions."""
     pairs = zip(trial.labels, trial.prompts.texts(trial.labels), strict=True)
-    patients = trial.patients["test"]
     return {
         "protocol": trial.protocol.name,
         "source": trial.protocol.source,
@@ -122,7 +122,7 @@ def describe_trial(trial: Trial) -> dict:
         "unused_labels": trial.unused_labels,
         "num_rows": {role: len(part) for role, part in trial.rows.items()},
         "num_scored": {role: len(part) for role, part in trial.scored.items()},
-        "num_patients": len(set(patients) - {""}) + patients.count(""),
+        "num_patients": bootstrap.count_patients(trial.patients["test"]),
         "prompts": {
             "name": trial.prompts.name,
             "source": trial.prompts.source,
@@ -163,7 +163,8 @@ def evaluate_model(model, processor, trial: Trial, options: Options, cache: Embe
     def features(rows: datasets.Dataset, what: str):
         return image_features(model, processor, rows, progress=what if options.progress else "", **passes)
 
-    features(trial.rows["test"].select(_pictured(trial.rows["test"])), "test images")  # for all that follows
+    test = trial.rows["test"]
+    features(test.select(np.flatnonzero(has_image(test))), "test images")  # for all that follows
     for name, reason in applicable(trial, options.evaluations).items():
         if reason:
             outcome.results["left_out"][name] = reason
@@ -181,7 +182,7 @@ def evaluate_model(model, processor, trial: Trial, options: Options, cache: Embe
                 **draws,
             )
         elif name == "retrieval":
-            rows = retrieval_rows(trial.rows["test"])
+            rows = retrieval_rows(test)
             texts = list(rows["report"])
             outcome.results[name], outcome.ranks = evaluate_retrieval(
                 features(rows, "images with a report").embeds,
@@ -196,7 +197,7 @@ def evaluate_model(model, processor, trial: Trial, options: Options, cache: Embe
             outcome.results[name], outcome.grounding = evaluate_grounding(
                 model,
                 processor,
-                trial.rows["test"],
+                test,
                 batch_size=options.batch_size,
                 num_workers=options.num_workers,
                 progress="heat maps" if options.progress else "",
@@ -206,10 +207,6 @@ def evaluate_model(model, processor, trial: Trial, options: Options, cache: Embe
             embeds = features(trial.scored["test"], "test images").embeds
             _negation(model, processor, trial, outcome, embeds, cache, draws)
     return outcome
-
-
-def _pictured(rows: datasets.Dataset) -> list[int]:
-    return [number for number, image in enumerate(rows.select_columns("image")["image"]) if image is not None]
 
 
 def _zero_shot(model, processor, trial: Trial, outcome: Outcome, options: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 
 from ..data.readers.tables import hashed_share
+from .bootstrap import patient_numbers
 from .metrics import UNKNOWN, auroc, classification_metrics, percentile_interval, resample_patients
 
 
@@ -43,7 +44,7 @@ def shuffled_control(
             f"column for each name, but are {targets.shape} and {scores.shape}."
         )
     kept = [column for column in range(len(names)) if {0, 1} <= set(targets[:, column].tolist())]
-    patients = _patient_numbers(patient_ids)
+    patients = patient_numbers(patient_ids, len(patient_ids))
     num_patients = int(patients.max(initial=-1)) + 1
     result = {"macro_auroc": None, "macro_auroc_range": None, "per_class": {}, "num_permutations": num_permutations}
     if num_patients < 2 or not kept:
@@ -176,11 +177,6 @@ def _check_rows(test_rows, targets, patient_ids, train_rows, train_targets) -> N
         raise ValueError(f"`patient_ids` must name {len(test_rows)} patients, a row each, but has {len(patient_ids)}.")
     if not len(test_rows):
         raise ValueError("There is no test row to predict.")
-
-
-def _patient_numbers(patient_ids: Sequence[str]) -> np.ndarray:
-    names = [name or f"\0{row}" for row, name in enumerate(patient_ids)]
-    return np.unique(np.array(names, dtype=object), return_inverse=True)[1] if names else np.empty(0, dtype=np.int64)
 
 
 def _groups(rows: datasets.Dataset, columns: Sequence[str]) -> list[tuple[str, ...]]:

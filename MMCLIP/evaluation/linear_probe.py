@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .bootstrap import bootstrap_draws, interval_reason, number_or_none, patient_numbers, percentile_interval
+from .bootstrap import (
+    bootstrap_draws,
+    count_patients,
+    interval_reason,
+    number_or_none,
+    patient_numbers,
+    percentile_interval,
+)
 from .metrics import UNKNOWN, auroc, choose_thresholds, classification_metrics, multiclass_metrics
 from .weighted_metrics import RANKED, THRESHOLDED, MultiClassStatistics, MultiLabelStatistics
 
@@ -51,11 +58,11 @@ def nested_subset(patient_ids: Sequence[str], fraction: float, seed: int = 0) ->
         raise ValueError(f"A fraction of the training patients must lie in (0, 1], but is {fraction}.")
     if len(patient_ids) == 0:
         raise ValueError("There is no training row to take a fraction of. Check the split of the training rows.")
-    names = [name or f"\0{row}" for row, name in enumerate(patient_ids)]
-    distinct, patient = np.unique(names, return_inverse=True)
-    place = np.empty(len(distinct), dtype=np.int64)
-    place[np.random.default_rng(seed).permutation(len(distinct))] = np.arange(len(distinct))
-    return np.flatnonzero(place[patient] < max(1, round(fraction * len(distinct))))
+    patient = patient_numbers(patient_ids, len(patient_ids))
+    num_patients = int(patient.max()) + 1
+    place = np.empty(num_patients, dtype=np.int64)
+    place[np.random.default_rng(seed).permutation(num_patients)] = np.arange(num_patients)
+    return np.flatnonzero(place[patient] < max(1, round(fraction * num_patients)))
 
 
 def fit_linear_probe(
@@ -381,8 +388,7 @@ def _check_roles(*parts: Mapping) -> None:
 
 def subset_size(patient_ids: Sequence[str], rows: np.ndarray) -> dict[str, int]:
     """`num_patients` and `num_images` of some rows; "" is a patient of its own."""
-    names = [patient_ids[row] for row in rows]
-    return {"num_patients": len(set(names) - {""}) + names.count(""), "num_images": len(rows)}
+    return {"num_patients": count_patients([patient_ids[row] for row in rows]), "num_images": len(rows)}
 
 
 def validation_thresholds(margins: np.ndarray, targets: np.ndarray, labels: Sequence[str]) -> dict[str, float] | None:

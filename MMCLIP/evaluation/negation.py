@@ -23,9 +23,11 @@ from torch import Tensor
 from ..data.dataset import known_sides
 from ..text.prompts import attribute_nouns, fill_template, has_side, negative_prompts, positive_prompts
 from ..text.vocabulary import NO_FINDING
+from .bootstrap import count_patients
 from .embeddings import EmbeddingCache, text_features
 from .grounding import image_size
 from .metrics import UNKNOWN, classification_metrics, percentile_interval, resample_patients
+from .zero_shot import patient_names
 
 
 SIDE_TEMPLATE = "There {is} {a_phrase}."  # the first of the statements in prompts.yaml
@@ -34,7 +36,8 @@ SIDE_TEMPLATE = "There {is} {a_phrase}."  # the first of the statements in promp
 class SideScores(NamedTuple):
     """What was compared: `row_ids` (n,), `labels` (F,), `targets` (n, F) of 1 left, 0 right, -100 unknown or both.
 
-    `margins` (n, F) are logits of the left minus the right text; `patient_ids` (n,) are those of two sources apart.
+    `margins` (n, F) are logits of the left minus the right text; `patient_ids` (n,) are those of two sources apart, ""
+    where unknown.
     """
 
     row_ids: list[str]
@@ -135,12 +138,7 @@ def evaluate_side(
         for label in labels
     }
     margins, _ = _margins(model, processor, image_embeds, prompts, cache)
-    names = ("row_id", "source", "patient_id")
-    # equal names in two sources are two patients; without a name an image is a patient of its own
-    patients = [
-        f"{source}\0{patient}" if patient else f"\0{row_id}"
-        for row_id, source, patient in zip(*(rows[name] for name in names), strict=True)
-    ]
+    patients = patient_names(rows)
     result = _pair_metrics(targets, margins, labels, patients, ("left", "right"), prompts, num_bootstrap, seed)
     return result | counts, SideScores(list(rows["row_id"]), patients, labels, targets, margins)
 
@@ -210,8 +208,7 @@ def _pair_metrics(
         found = "; ".join(f"{entry['name']}: {entry['reason']}" for entry in skipped)
         raise ValueError(f"Every finding needs a {values[0]} and a {values[1]} image, but none has both ({found}).")
     columns = [list(labels).index(name) for name in names]
-    patients = [""] * len(targets) if patient_ids is None else list(patient_ids)
-    num_patients = len(set(patients) - {""}) + patients.count("")
+    num_patients = count_patients([""] * len(targets) if patient_ids is None else patient_ids)
     several = num_patients > 1
     right = _right(targets[:, columns], margins[:, columns])
     known = np.stack([targets[:, columns] == value for value in (1, 0)])  # (2, n, F)

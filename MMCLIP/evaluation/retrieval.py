@@ -24,6 +24,7 @@ import datasets
 import numpy as np
 from torch import Tensor
 
+from ..data.manifest import has_image
 from .metrics import percentile_interval, resample_patients
 
 
@@ -82,8 +83,7 @@ class RetrievalRanks(NamedTuple):
 
 def retrieval_rows(rows: datasets.Dataset) -> datasets.Dataset:
     """The rows with an image and a report, in their order; there may be none."""
-    pictured = [image is not None for image in rows.select_columns("image")["image"]]
-    pairs = zip(pictured, rows["report"], strict=True)
+    pairs = zip(has_image(rows), rows["report"], strict=True)
     return rows.select([number for number, (image, report) in enumerate(pairs) if image and report])
 
 

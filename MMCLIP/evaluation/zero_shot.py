@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data.manifest import has_image
 from ..text.prompt_sets import PromptSet, prompt_set
 from ..text.vocabulary import canonical_label, with_broader_labels
+from .bootstrap import count_patients
 from .calibration import expected_calibration_error, fit_temperature
 from .embeddings import EmbeddingCache, image_features, text_features
 from .metrics import UNKNOWN, choose_thresholds, classification_metrics, multiclass_metrics
@@ -181,7 +183,7 @@ def scored_rows(
 ) -> tuple[datasets.Dataset, list[str], dict[str, int]]:
     """The rows with an image and a label, the labels by their canonical names, and how many rows lack either."""
     labelled = [bool(p or a or u) for p, a, u in zip(rows["present"], rows["absent"], rows["uncertain"], strict=True)]
-    pictured = [image is not None for image in rows.select_columns("image")["image"]]
+    pictured = has_image(rows).tolist()
     kept = rows.select([i for i, both in enumerate(zip(labelled, pictured, strict=True)) if all(both)])
     if len(kept) == 0:
         raise ValueError(
@@ -269,7 +271,7 @@ def evaluate_zero_shot(
     patients = patient_names(kept)
     result = classification_metrics(targets, margins, labels, patients, num_bootstrap, seed, **options)
     result.update(counts)
-    result["num_patients"] = len(set(patients) - {""}) + patients.count("")
+    result["num_patients"] = count_patients(patients)
     result["fully_labelled"] = list(fully_labelled)
     result["prompts"] = {"name": prompts.name, "source": prompts.source, "pooling": prompts.pooling}
     if temperature is not None:
@@ -310,6 +312,6 @@ def evaluate_zero_shot_classes(
     logits = side_logits(model, processor, features.embeds, labels, prompts, cache)[..., 0].numpy()
     patients = patient_names(rows)
     result = multiclass_metrics(classes, logits, labels, patients, num_bootstrap, seed)
-    result["num_patients"] = len(set(patients) - {""}) + patients.count("")
+    result["num_patients"] = count_patients(patients)
     result["prompts"] = {"name": prompts.name, "source": prompts.source, "pooling": prompts.pooling}
     return {"zero_shot": result}, ClassPredictions(list(rows["row_id"]), list(labels), classes, logits)

@@ -13,7 +13,7 @@ from ..configuration_mmclip import max_text_length
 from ..data.augmentation import RadiographAugmentation
 from ..data.collator import MMCLIPCollator
 from ..data.dataset import MMCLIPDataset
-from ..data.manifest import check_rows
+from ..data.manifest import check_rows, has_image
 from ..data.phantom import phantom_dataset
 from ..data.prepared import concatenate_rows, read_manifest
 from ..data.readers.overlaps import known_overlaps
@@ -76,8 +76,7 @@ def _check_overlap(train_rows: datasets.Dataset, validation_rows: datasets.Datas
 def shuffle_images(rows: datasets.Dataset, seed: int) -> datasets.Dataset:
     """Every text with another row's image: what is still learned has nothing to do with what the images show."""
     # one cycle through the rows that have an image, so that no image can fall back to its own text
-    has_image = np.array([image is not None for image in rows.select_columns("image")["image"]])
-    cycle = np.random.default_rng(seed).permutation(np.flatnonzero(has_image))
+    cycle = np.random.default_rng(seed).permutation(np.flatnonzero(has_image(rows)))
     order = np.arange(len(rows))
     order[cycle] = np.roll(cycle, 1)
     images = rows.select_columns("image").select(order).flatten_indices()

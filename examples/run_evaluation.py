@@ -11,14 +11,13 @@ are compared with. The output folder gets metrics.json, report.md, a CSV of ever
 import argparse
 import dataclasses
 import logging
-import re
 import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoProcessor
 
 from MMCLIP.evaluation import comparison, comparison_report, figures, report
+from MMCLIP.evaluation.checkpoints import check_checkpoint, load_checkpoint
 from MMCLIP.evaluation.embeddings import EmbeddingCache
 from MMCLIP.evaluation.protocols import EVALUATIONS, protocol, protocol_names
 
@@ -68,22 +67,11 @@ def named(entries: list[str], default) -> dict[str, str]:
     return found
 
 
-def check_folder(name: str, folder: str) -> None:
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", folder) and not Path(folder).parent.exists():
-        return  # a Hub id
-    for file, what in (("config.json", "model"), ("processor_config.json", "processor")):
-        if not (Path(folder) / file).is_file():
-            raise ValueError(
-                f"--model {name}: {folder} holds no {what} ({file}). Give the folder of a saved model with its "
-                "processor, X/checkpoint, or a Hub id, OWNER/NAME."
-            )
-
-
 def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     args = parse_arguments(arguments)
     for name, folder in args.models.items():
-        check_folder(name, folder)
+        check_checkpoint(folder, f"--model {name}")
     options = comparison.Options(
         evaluations=tuple(args.evaluations) if args.evaluations else None,
         prompts=args.prompts,
@@ -101,16 +89,12 @@ def main(arguments: list[str] | None = None) -> None:
     for trial in trials.values():
         comparison.applicable(trial, options.evaluations)  # before the long part
 
-    results = {"models": {}, "trials": {}, **report.describe_run("", "")}
-    for key in ("model", "data"):
-        results.pop(key)
-    results["options"] = dataclasses.asdict(options)
+    results = {"models": {}, "trials": {}, **report.describe_command(), "options": dataclasses.asdict(options)}
     outcomes = {key: {} for key in trials}
     drawn = {key: [] for key in trials}
     cache = EmbeddingCache(args.cache_dir)
     for name, folder in args.models.items():
-        model = AutoModel.from_pretrained(folder, trust_remote_code=True).to(args.device).eval()
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        model, processor = load_checkpoint(folder, args.device)
         for key, trial in trials.items():
             outcome = comparison.evaluate_model(model, processor, trial, options, cache)
             outcomes[key][name] = outcome

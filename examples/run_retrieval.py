@@ -9,14 +9,13 @@ names rows but holds no text.
 
 import argparse
 import csv
-import re
 import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoProcessor
 
 from MMCLIP.evaluation import report
+from MMCLIP.evaluation.checkpoints import check_checkpoint, load_checkpoint
 from MMCLIP.evaluation.embeddings import EmbeddingCache, image_features, model_fingerprint, text_features
 from MMCLIP.evaluation.retrieval import (
     BACKENDS,
@@ -93,13 +92,7 @@ def write_files(output_dir: Path, results: dict, ranks: list[dict]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", args.model) and not Path(args.model).parent.exists()
-    for name in ("config.json", "processor_config.json"):
-        if not is_hub_id and not (Path(args.model) / name).is_file():
-            raise ValueError(
-                f"--model: {args.model} has no {name}. Give the folder of a saved model and its processor, "
-                "X/checkpoint, or a Hub id, OWNER/NAME."
-            )
+    check_checkpoint(args.model)
     if args.manifest:
         from MMCLIP.data.prepared import read_manifest
 
@@ -116,8 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"{data}: retrieval needs at least 2 rows with an image and a report, but {len(rows)} of {len(found)} have "
             "both. Check the split, and that the data set has reports."
         )
-    model = AutoModel.from_pretrained(args.model, trust_remote_code=True).to(args.device).eval()
-    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    model, processor = load_checkpoint(args.model, args.device)
 
     cache = EmbeddingCache(args.cache_dir)
     reading = {"batch_size": args.batch_size, "num_workers": args.num_workers, "progress": "images"}

@@ -5,14 +5,13 @@ python examples/run_zero_shot.py --model X/checkpoint --manifest metadata.csv --
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoProcessor
 
 from MMCLIP.evaluation import figures, report
+from MMCLIP.evaluation.checkpoints import check_checkpoint, load_checkpoint
 from MMCLIP.evaluation.grounding import heatmap_auroc
 from MMCLIP.evaluation.zero_shot import evaluate_zero_shot
 from MMCLIP.text.prompt_sets import prompt_set, prompt_set_names
@@ -50,12 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", args.model) and not Path(args.model).parent.exists()
-    if not is_hub_id and not (Path(args.model) / "config.json").is_file():
-        raise ValueError(
-            f"--model: {args.model} has no config.json. Give the folder of a saved model, X/checkpoint, or a Hub id, "
-            "OWNER/NAME."
-        )
+    check_checkpoint(args.model)
     prompts = prompt_set(args.prompts)  # before the long part, as is the next
     train, log_history = report.read_train_results(args.model, args.train_results)
     if args.manifest:
@@ -69,8 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         rows = phantom_dataset(args.phantoms, size=args.phantom_size, split="test")
         data = f"{args.phantoms} phantoms of the held-out stream, {args.phantom_size} px"
-    model = AutoModel.from_pretrained(args.model, trust_remote_code=True).to(args.device).eval()
-    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    model, processor = load_checkpoint(args.model, args.device)
 
     shared = {"batch_size": args.batch_size, "num_bootstrap": args.num_bootstrap, "num_workers": args.num_workers}
     results, predictions = evaluate_zero_shot(

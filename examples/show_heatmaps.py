@@ -10,14 +10,13 @@ whether the finding is there: it sums to 1 over the patches for any sentence, tr
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoProcessor
 
+from MMCLIP.evaluation.checkpoints import check_checkpoint, load_checkpoint
 from MMCLIP.evaluation.grounding import sentence_heatmaps
 from MMCLIP.evaluation.overlays import file_name, overlay
 from MMCLIP.text.prompts import negative_prompts, positive_prompts
@@ -46,13 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", args.model) and not Path(args.model).parent.exists()
-    for name in ("config.json", "processor_config.json"):
-        if not is_hub_id and not (Path(args.model) / name).is_file():
-            raise ValueError(
-                f"--model: {args.model} has no {name}. Give the folder of a saved model and its processor, "
-                "X/checkpoint, or a Hub id, OWNER/NAME."
-            )
+    check_checkpoint(args.model)
     if missing := [path for path in args.images if not Path(path).is_file()]:
         raise ValueError(f"--images: there is no file {missing[0]}; {len(missing)} of {len(args.images)} are missing.")
     names = args.finding or args.text
@@ -62,8 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         against = [negative_prompts(name)[0] for name in names]
     elif against is None:
         print("without --against a map shows mostly what any sentence would\n")
-    model = AutoModel.from_pretrained(args.model, trust_remote_code=True).to(args.device).eval()
-    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    model, processor = load_checkpoint(args.model, args.device)
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for number, path in enumerate(args.images):

@@ -17,11 +17,16 @@ from .metrics import UNKNOWN
 from .zero_shot import ZeroShotPredictions
 
 
-def describe_run(model: str, data: str) -> dict:
-    """What a reader needs to repeat the numbers: command line, model folder, data and versions."""
+def describe_command() -> dict:
+    """The command line and the versions of what ran."""
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets, np)}
     versions["python"] = platform.python_version()
-    return {"command": shlex.join(["python", *sys.argv]), "model": model, "data": data, "versions": versions}
+    return {"command": shlex.join(["python", *sys.argv]), "versions": versions}
+
+
+def describe_run(model: str, data: str) -> dict:
+    """What a reader needs to repeat the numbers: command line, model folder, data and versions."""
+    return {**describe_command(), "model": model, "data": data}
 
 
 def read_train_results(

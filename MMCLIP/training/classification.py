@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import datasets
@@ -17,6 +16,7 @@ from ..data.dataset import AUGMENTATION_STREAM, sample_generator
 from ..data.manifest import check_rows
 from ..data.phantom import phantom_dataset
 from ..data.prepared import concatenate_rows, read_manifest
+from ..evaluation.checkpoints import check_checkpoint
 from ..evaluation.linear_probe import nested_subset, run_metrics
 from ..evaluation.protocols import class_targets
 from ..evaluation.zero_shot import label_matrix, patient_names, scored_rows
@@ -185,13 +185,7 @@ def load_classifier(path: str, labels: Sequence[str], task: str) -> MMCLIPForIma
 
 def load_processor(path: str) -> MMCLIPProcessor:
     """The processor beside the model; raises `ValueError` where there is none."""
-    if Path(path).is_dir():
-        for name in ("config.json", "processor_config.json"):
-            if not (Path(path) / name).is_file():
-                raise ValueError(
-                    f"`model_name_or_path`: {path} has no {name}. Give the folder of a saved model and its processor, "
-                    "X/checkpoint."
-                )
+    check_checkpoint(path, "`model_name_or_path`")
     return MMCLIPProcessor.from_pretrained(path)
 
 

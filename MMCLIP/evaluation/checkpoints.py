@@ -1,0 +1,29 @@
+"""Saved models for evaluation: is it one, and its model and processor."""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, AutoProcessor
+
+
+def check_checkpoint(path: str | os.PathLike, option: str = "--model") -> None:
+    """Raises `ValueError`, beginning with `option`, for a folder without a model or without its processor.
+
+    What looks like OWNER/NAME, and has no folder OWNER here, is a Hub id and passes.
+    """
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not Path(path).parent.exists():
+        return
+    for name, part in (("config.json", "model"), ("processor_config.json", "processor")):
+        if not (Path(path) / name).is_file():
+            raise ValueError(
+                f"{option}: {path} has no {name}, so it holds no {part}. Give the folder of a saved model and its "
+                "processor, X/checkpoint, or a Hub id, OWNER/NAME."
+            )
+
+
+def load_checkpoint(path: str | os.PathLike, device: str | torch.device):
+    """(model, processor) of a checkpoint, on `device` and in eval mode. Runs the code that lies in it."""
+    model = AutoModel.from_pretrained(path, trust_remote_code=True).to(device).eval()
+    return model, AutoProcessor.from_pretrained(path, trust_remote_code=True)

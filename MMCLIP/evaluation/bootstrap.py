@@ -94,16 +94,32 @@ def number_or_none(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
+def p_value(leads: np.ndarray) -> float:
+    """The two-sided p-value of the module for differences `leads` (R,), of which NaN are left out."""
+    leads = leads[~np.isnan(leads)]
+    rarer = min((leads <= 1e-12).sum(), (leads >= -1e-12).sum())  # what is 0 but for rounding is on both sides
+    return float(min(1.0, 2 * (1 + rarer) / (1 + len(leads))))
+
+
+def first_and_second(first: float, second: float, leads: np.ndarray, num_bootstrap: int) -> dict:
+    """Both values, `first` minus `second`, and the interval and p-value of the draws `leads` (R,) of that."""
+    interval = percentile_interval(leads, num_bootstrap)
+    return {
+        "first": float(first),
+        "second": float(second),
+        "difference": float(first - second),
+        "difference_ci": interval,
+        "p_value": None if interval is None else p_value(leads),
+    }
+
+
 def _difference(value: float, draws: np.ndarray | None, num_bootstrap: int) -> dict:
     """`draws` (R,) are differences, None where there is no bootstrap."""
     result = {"difference": number_or_none(value), "ci": None, "p_value": None}
     if draws is None or result["difference"] is None:
         return result
     result["ci"] = percentile_interval(draws, num_bootstrap)
-    if result["ci"] is not None:
-        draws = draws[~np.isnan(draws)]
-        rarer = min((draws <= 1e-12).sum(), (draws >= -1e-12).sum())  # what is 0 but for rounding is on both sides
-        result["p_value"] = float(min(1.0, 2 * (1 + rarer) / (1 + len(draws))))
+    result["p_value"] = None if result["ci"] is None else p_value(draws)
     return result
 
 

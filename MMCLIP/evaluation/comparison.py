@@ -84,7 +84,6 @@ class Outcome:
     linear_probe: dict[tuple[float, int], np.ndarray] = field(default_factory=dict)
     ranks: Any = None
     grounding: GroundingScores | None = None
-    negation: Any = None
 
 
 def load_trial(protocol: Protocol, place: str, prompts: str | None = None) -> Trial:
@@ -236,7 +235,7 @@ def _zero_shot(model, processor, trial: Trial, outcome: Outcome, options: Mappin
 def _negation(model, processor, trial: Trial, outcome: Outcome, embeds, cache, draws: Mapping[str, int]) -> None:
     rows, targets = trial.scored["test"], trial.targets["test"]
     try:
-        outcome.results["negation"], outcome.negation = evaluate_negation(
+        outcome.results["negation"], _ = evaluate_negation(
             model, processor, embeds, targets, trial.labels, trial.patients["test"], cache=cache, **draws
         )
     except ValueError as error:

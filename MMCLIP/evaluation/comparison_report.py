@@ -8,8 +8,7 @@ import numpy as np
 
 from . import figures
 from .comparison import Outcome, Trial
-from .metrics import UNKNOWN
-from .report import markdown_table, number_cell
+from .report import TITLES, markdown_table, number_cell, truth_cells
 from .zero_shot import ClassPredictions
 
 
@@ -30,16 +29,12 @@ def write_scores(folder: Path, trial: Trial, outcomes: Mapping[str, Outcome]) ->
             writer.writerows(lines)
 
     def write_labels(name: str, scores: Mapping[str, np.ndarray]) -> None:
-        targets = trial.targets["test"]
-        truth = ["class"] if trial.is_multi_class else [f"target:{label}" for label in trial.labels]
+        truth, cells = truth_cells(trial.targets["test"], trial.labels)
         header = ["row_id", *truth, *(f"{model}:{label}" for model in scores for label in trial.labels)]
-        lines = []
-        for number, row_id in enumerate(rows["row_id"]):
-            if trial.is_multi_class:
-                true = [trial.labels[targets[number]]]
-            else:
-                true = ["" if value == UNKNOWN else int(value) for value in targets[number]]
-            lines.append([row_id, *true, *(repr(float(s)) for part in scores.values() for s in part[number])])
+        lines = [
+            [row_id, *true, *(repr(float(s)) for part in scores.values() for s in part[number])]
+            for number, (row_id, true) in enumerate(zip(rows["row_id"], cells, strict=True))
+        ]
         write(name, header, lines)
 
     predictions = {model: outcome.zero_shot for model, outcome in outcomes.items() if outcome.zero_shot is not None}
@@ -155,18 +150,12 @@ def _part(trial: Mapping, name: str) -> dict[str, Mapping]:
     return {model: results[name] for model, results in trial["models"].items() if name in results}
 
 
-HEADLINES = {
-    "zero_shot": ("macro_auroc", "macro_average_precision", "macro_f1", "macro_mcc", "accuracy", "macro_ece"),
-}
-TITLES = {
-    "macro_auroc": "macro AUROC", "macro_average_precision": "macro average precision", "macro_f1": "macro F1",
-    "macro_mcc": "macro MCC", "accuracy": "accuracy", "macro_ece": "macro ECE",
-}  # fmt: skip
+HEADLINES = ("macro_auroc", "macro_average_precision", "macro_f1", "macro_mcc", "accuracy", "macro_ece")
 
 
 def _headline(trial: Mapping) -> list[str]:
     part = _part(trial, "zero_shot")
-    keys = [key for key in HEADLINES["zero_shot"] if any(values.get(key) is not None for values in part.values())]
+    keys = [key for key in HEADLINES if any(values.get(key) is not None for values in part.values())]
     if not keys:
         return []
     rows = [[model, *(_cell(values, key) for key in keys)] for model, values in part.items()]

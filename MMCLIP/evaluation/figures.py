@@ -107,8 +107,8 @@ def plot_calibration(
         known = predictions.targets != UNKNOWN
         for temperature, style in ((1.0, ":"), (temperatures.get(name), "-")):
             if temperature is not None:
-                margins = predictions.margins[known] / temperature
-                curve = reliability_curve(predictions.targets[known], 1 / (1 + np.exp(-np.clip(margins, -700, 700))))
+                scores = predictions._replace(temperature=temperature).scores[known]
+                curve = reliability_curve(predictions.targets[known], scores)
                 label = "as it is" if style == ":" else f"temperature {temperature:.3g}"
                 axis.plot(*curve, style, color=_colour(number), marker="o", markersize=3, linewidth=1.4, label=label)
         axis.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))

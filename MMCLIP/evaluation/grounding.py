@@ -31,6 +31,7 @@ from ..image_processing_mmclip import load_shrunk
 from ..modeling_mmclip import evaluating
 from ..text.prompts import negative_prompts, positive_prompts
 from ..text.vocabulary import broader_labels
+from .bootstrap import first_and_second
 from .embeddings import pixel_value_batches, text_features
 from .metrics import percentile_interval, resample_patients
 
@@ -559,9 +560,8 @@ def compare_grounding(
 ) -> dict:
     """Two models on the same pairs: each measure of both, `first` minus `second`, its 95 % interval and p-value.
 
-    Patients are drawn for both alike. The p-value is two-sided: twice the smaller share of draws on one side of 0,
-    each share with one draw added, so that it is never 0. Given over pairs and, under `macro`, over findings. Raises
-    `ValueError` where the pairs or their truths differ.
+    Patients are drawn for both alike. The p-value is that of `bootstrap.py`. Given over pairs and, under `macro`, over
+    findings. Raises `ValueError` where the pairs or their truths differ.
     """
     for name in ("row_ids", "patient_ids", "findings", "truths"):
         if getattr(first, name) != getattr(second, name):
@@ -578,20 +578,11 @@ def compare_grounding(
 
 
 def _compared(means: np.ndarray, draws: np.ndarray, num_bootstrap: int) -> dict:
-    result = {}
-    for column, measure in enumerate(MEASURES):
-        lead = draws[:, column] - draws[:, column + len(MEASURES)]
-        interval = percentile_interval(lead, num_bootstrap)
-        lead = lead[~np.isnan(lead)]
-        rarer = min((lead <= 0).sum(), (lead >= 0).sum())
-        result[measure] = {
-            "first": float(means[column]),
-            "second": float(means[column + len(MEASURES)]),
-            "difference": float(means[column] - means[column + len(MEASURES)]),
-            "difference_ci": interval,
-            "p_value": None if interval is None else min(1.0, float(2 * (1 + rarer) / (1 + len(lead)))),
-        }
-    return result
+    num = len(MEASURES)
+    return {
+        measure: first_and_second(means[c], means[c + num], draws[:, c] - draws[:, c + num], num_bootstrap)
+        for c, measure in enumerate(MEASURES)
+    }
 
 
 def heatmap_auroc(

@@ -87,6 +87,25 @@ def write_predictions(output_dir: str | Path, predictions: ZeroShotPredictions) 
     return path
 
 
+TITLES = {  # of metrics, in the order of tables
+    "macro_auroc": "macro AUROC", "macro_average_precision": "macro average precision",
+    "macro_sensitivity_at_specificity": "sensitivity at 90 % specificity", "macro_f1": "macro F1",
+    "macro_accuracy": "macro accuracy", "macro_mcc": "macro MCC", "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy", "mcc": "MCC", "macro_ece": "macro ECE",
+}  # fmt: skip
+
+
+def truth_cells(targets: np.ndarray, labels: Sequence[str]) -> tuple[list[str], list[list]]:
+    """The columns of a CSV that tell the truth, and their cells for each row.
+
+    `target:LABEL` of 1, 0 or empty for unknown where `targets` are (n, F), the name of the `class` where (n,).
+    """
+    if targets.ndim == 1:
+        return ["class"], [[labels[number]] for number in targets]
+    cells = [["" if value == UNKNOWN else int(value) for value in row] for row in targets]
+    return [f"target:{label}" for label in labels], cells
+
+
 def number_cell(value: float | None, interval: Sequence[float] | None = None) -> str:
     if value is None:
         return "n/a"

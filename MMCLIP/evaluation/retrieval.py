@@ -25,6 +25,7 @@ import numpy as np
 from torch import Tensor
 
 from ..data.manifest import has_image
+from .bootstrap import first_and_second
 from .metrics import percentile_interval, resample_patients
 
 
@@ -444,9 +445,9 @@ def _draws(
 def compare_retrieval(first: RetrievalRanks, second: RetrievalRanks, num_bootstrap: int = 1000, seed: int = 0) -> dict:
     """Two models on the same rows: each measure of both, `first` minus `second`, its 95 % interval and p-value.
 
-    Keys are `<direction>_<way>_<measure>`. Patients are drawn for both alike. The p-value is two-sided: twice the
-    smaller share of draws on one side of 0, each share with one draw added, so that it is never 0. Interval and p-value
-    are None for a single patient. Raises `ValueError` where the rows, their reports or patients differ.
+    Keys are `<direction>_<way>_<measure>`. Patients are drawn for both alike. The p-value is that of
+    `bootstrap.py`; it and the interval are None for a single patient. Raises `ValueError` where the rows, their reports
+    or patients differ.
     """
     same = all(getattr(first, name) == getattr(second, name) for name in ("row_ids", "image_patients", "text_patients"))
     if not same or not np.array_equal(first.report_of_row, second.report_of_row):
@@ -461,15 +462,9 @@ def compare_retrieval(first: RetrievalRanks, second: RetrievalRanks, num_bootstr
         for way in WAYS:
             values = [_summary(inner[way]) for inner in ranks]
             leads = draws[0][way] - draws[1][way]
+            leads = leads if len(set(patients)) > 1 else leads[:0]
             for column, measure in enumerate(MEASURES):
-                lead = leads[:, column]
-                interval = percentile_interval(lead, num_bootstrap) if len(set(patients)) > 1 else None
-                rarer = min((lead <= 0).sum(), (lead >= 0).sum())
-                result[f"{direction}_{way}_{measure}"] = {
-                    "first": float(values[0][column]),
-                    "second": float(values[1][column]),
-                    "difference": float(values[0][column] - values[1][column]),
-                    "difference_ci": interval,
-                    "p_value": None if interval is None else min(1.0, float(2 * (1 + rarer) / (1 + len(lead)))),
-                }
+                result[f"{direction}_{way}_{measure}"] = first_and_second(
+                    values[0][column], values[1][column], leads[:, column], num_bootstrap
+                )
     return result

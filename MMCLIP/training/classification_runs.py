@@ -26,7 +26,6 @@ from ..evaluation.linear_probe import (
     subset_size,
     validation_thresholds,
 )
-from ..evaluation.metrics import UNKNOWN
 from ..modeling_mmclip import MMCLIPModel
 from .classification import (
     ROLES,
@@ -241,16 +240,12 @@ def _write_run(
 def _write_predictions(path: Path, labelled: LabelledRows, margins: np.ndarray) -> None:
     """`row_id`, the truth (`target:LABEL` of 1, 0 or empty for unknown; or `class`), and the logits, `logit:LABEL`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    labels, targets = labelled.labels, labelled.targets["test"]
-    truth = ["class"] if labelled.is_multi_class else [f"target:{label}" for label in labels]
+    labels = labelled.labels
+    truth, cells = report.truth_cells(labelled.targets["test"], labels)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["row_id", *truth, *(f"logit:{label}" for label in labels)])
-        for row_id, target, row in zip(labelled.rows["test"]["row_id"], targets, margins, strict=True):
-            if labelled.is_multi_class:
-                true = [labels[target]]
-            else:
-                true = ["" if value == UNKNOWN else int(value) for value in target]
+        for row_id, true, row in zip(labelled.rows["test"]["row_id"], cells, margins, strict=True):
             writer.writerow([row_id, *true, *(repr(float(value)) for value in row)])
 
 
@@ -314,18 +309,10 @@ def summarise(
     }
 
 
-TITLES = {
-    "macro_auroc": "macro AUROC", "macro_average_precision": "macro average precision",
-    "macro_sensitivity_at_specificity": "sensitivity at 90 % specificity", "macro_f1": "macro F1",
-    "macro_accuracy": "macro accuracy", "macro_mcc": "macro MCC", "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy", "mcc": "MCC",
-}  # fmt: skip
-
-
 def summary_table(classification: Mapping) -> str:
     """A Markdown table: a line for each fraction, each metric with interval and deviation over seeds."""
     fractions = classification["fractions"]
-    keys = [key for key in TITLES if any(values.get(key) is not None for values in fractions.values())]
+    keys = [key for key in report.TITLES if any(values.get(key) is not None for values in fractions.values())]
     rows = []
     for name, values in fractions.items():
         cells = []
@@ -334,7 +321,7 @@ def summary_table(classification: Mapping) -> str:
             deviation = values.get(f"{key}_sd")
             cells.append(cell if deviation is None else f"{cell}, sd {deviation:.3f}")
         rows.append([name, f"{values['num_patients']:g}", f"{values['num_images']:g}", *cells])
-    return report.markdown_table(["training patients", "number", "images", *(TITLES[key] for key in keys)], rows)
+    return report.markdown_table(["training patients", "number", "images", *(report.TITLES[key] for key in keys)], rows)
 
 
 def write_report(output_dir: str | os.PathLike, results: Mapping) -> Path:

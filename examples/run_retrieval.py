@@ -16,7 +16,7 @@ import torch
 
 from MMCLIP.evaluation import report
 from MMCLIP.evaluation.checkpoints import check_checkpoint, load_checkpoint
-from MMCLIP.evaluation.embeddings import EmbeddingCache, image_features, model_fingerprint, text_features
+from MMCLIP.evaluation.embeddings import EmbeddingCache, image_features, text_features
 from MMCLIP.evaluation.retrieval import (
     BACKENDS,
     DEPTHS,
@@ -112,6 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     model, processor = load_checkpoint(args.model, args.device)
 
     cache = EmbeddingCache(args.cache_dir)
+    model_hash = cache.hold(model, processor)
     reading = {"batch_size": args.batch_size, "num_workers": args.num_workers, "progress": "images"}
     texts = list(rows["report"])
     retrieval, ranks = evaluate_retrieval(
@@ -126,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
         row_ids=list(rows["row_id"]),
     )
     retrieval["num_left_out"] = len(found) - len(rows)  # rows without an image or a report
-    results = {"retrieval": retrieval, "model_hash": model_fingerprint(model, processor)}
+    results = {"retrieval": retrieval, "model_hash": model_hash}
     results |= report.describe_run(args.model, f"{data}, {len(rows)} rows with image and report")
     write_files(args.output_dir, results, ranks.table())
     print(retrieval_table(retrieval))

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from MMCLIP.data.manifest import make_row, rows_to_dataset
+from MMCLIP.evaluation import embeddings
 from MMCLIP.evaluation.embeddings import (
     EmbeddingCache,
     image_features,
@@ -196,3 +197,16 @@ def test_embeddings_that_are_not_finite_are_an_error_that_counts_them(real):
         model.visual_projection.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="2 of 2 images hold NaN"):
         image_features(model, processor, make_rows(1, 2))
+
+
+def test_a_held_model_is_hashed_once_and_another_is_not_taken_for_it(real, monkeypatch):
+    seen, cache, rows = [], EmbeddingCache(), make_rows(1, 2)
+    monkeypatch.setattr(
+        embeddings, "model_fingerprint", lambda *which: (seen.append(which), model_fingerprint(*which))[1]
+    )
+    assert cache.hold(*real) == model_fingerprint(*real)
+    first = image_features(*real, rows, cache=cache)
+    text_features(*real, ["There is a mass."], cache=cache)
+    assert len(seen) == 1
+    other = image_features(*make_model(seed=1), rows, cache=cache)
+    assert len(seen) == 2 and not torch.allclose(first.embeds, other.embeds)

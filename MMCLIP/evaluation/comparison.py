@@ -17,7 +17,7 @@ from ..text.prompt_sets import PromptSet, prompt_set
 from ..text.vocabulary import NO_FINDING
 from . import bootstrap
 from .controls import class_control_results, control_results, shuffled_control
-from .embeddings import EmbeddingCache, image_features, model_fingerprint, rows_fingerprint, text_features
+from .embeddings import EmbeddingCache, image_features, rows_fingerprint, text_features
 from .grounding import GroundingScores, compare_grounding, evaluate_grounding, rows_with_lesions
 from .linear_probe import evaluate_linear_probe
 from .negation import evaluate_negation, evaluate_side
@@ -155,7 +155,7 @@ def applicable(trial: Trial, evaluations: Sequence[str] | None) -> dict[str, str
 def evaluate_model(model, processor, trial: Trial, options: Options, cache: EmbeddingCache | None = None) -> Outcome:
     """Every evaluation of a trial that applies. With one `cache` each image goes through the tower once."""
     cache = EmbeddingCache() if cache is None else cache
-    outcome = Outcome({"model_hash": model_fingerprint(model, processor), "left_out": {}})
+    outcome = Outcome({"model_hash": cache.hold(model, processor), "left_out": {}})
     passes = {"cache": cache, "batch_size": options.batch_size, "num_workers": options.num_workers}
     draws = {"num_bootstrap": options.num_bootstrap, "seed": options.seed}
 

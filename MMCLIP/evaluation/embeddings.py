@@ -49,8 +49,20 @@ class EmbeddingCache:
 
     def __init__(self, folder: str | os.PathLike | None = None):
         self.folder = None if folder is None else Path(folder)
+        self._model, self._fingerprint = (None, None), ""
         self._numbers: dict[str, dict[bytes, int]] = {}  # kind and model -> hash -> its row in the tensors
         self._tensors: dict[str, dict[str, Tensor]] = {}
+
+    def hold(self, model, processor) -> str:
+        """The fingerprint of a model whose weights and processor stay as they are from now on; it is not taken anew."""
+        self._model, self._fingerprint = (model, processor), model_fingerprint(model, processor)
+        return self._fingerprint
+
+    def fingerprint(self, model, processor) -> str:
+        """Of the model that is held as it was then, of any other as it is now."""
+        if self._model[0] is model and self._model[1] is processor:
+            return self._fingerprint
+        return model_fingerprint(model, processor)
 
     def fill(
         self, kind: str, model: str, keys: Sequence[bytes], encode: Callable[[list[int]], dict[str, Tensor]]
@@ -163,7 +175,7 @@ def _image_keys(rows: datasets.Dataset) -> list[bytes]:
     return keys
 
 
-class _Images(Dataset):
+class ImageDataset(Dataset):
     """Image sources (rows of a manifest, or a list of anything the processor reads) -> (C, H, W) `pixel_values`."""
 
     def __init__(self, processor, images: Sequence | datasets.Dataset):
@@ -190,7 +202,7 @@ def pixel_value_batches(
     """Batches (B, C, H, W) of `images` in order; `progress` names a progress bar, "" shows none."""
     if isinstance(images, datasets.Dataset):
         images = images.select_columns(["row_id", "image"])  # masks and reports would be read for nothing
-    loader = DataLoader(_Images(processor, images), batch_size=batch_size, num_workers=num_workers)
+    loader = DataLoader(ImageDataset(processor, images), batch_size=batch_size, num_workers=num_workers)
     yield from tqdm(loader, desc=progress, unit="batch", disable=not progress)
 
 
@@ -231,7 +243,7 @@ def image_features(
 
     if cache is None or not isinstance(images, datasets.Dataset):
         return ImageFeatures(**encode(range(len(images))))
-    return ImageFeatures(**cache.fill("images", model_fingerprint(model, processor), _image_keys(images), encode))
+    return ImageFeatures(**cache.fill("images", cache.fingerprint(model, processor), _image_keys(images), encode))
 
 
 def text_features(
@@ -258,6 +270,6 @@ def text_features(
         embeds = encode(range(len(distinct)))["embeds"]
     else:
         keys = [_digest(iter([text])) for text in distinct]
-        embeds = cache.fill("texts", model_fingerprint(model, processor), keys, encode)["embeds"]
+        embeds = cache.fill("texts", cache.fingerprint(model, processor), keys, encode)["embeds"]
     index = {text: number for number, text in enumerate(distinct)}
     return embeds[[index[text] for text in texts]]

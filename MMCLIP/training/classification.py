@@ -17,6 +17,7 @@ from ..data.manifest import check_rows
 from ..data.phantom import phantom_dataset
 from ..data.prepared import concatenate_rows, read_manifest
 from ..evaluation.checkpoints import check_checkpoint
+from ..evaluation.embeddings import ImageDataset
 from ..evaluation.linear_probe import nested_subset, run_metrics
 from ..evaluation.protocols import class_targets
 from ..evaluation.zero_shot import label_matrix, patient_names, scored_rows
@@ -132,25 +133,20 @@ class ClassificationDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, rows: datasets.Dataset, targets: np.ndarray, processor, *, augmented: bool, seed: int = 0):
-        self.rows = rows.select_columns(["row_id", "image"])
+        self.images = ImageDataset(processor, rows.select_columns(["row_id", "image"]))
         self.targets = torch.from_numpy(np.asarray(targets))
         self.targets = self.targets.float() if self.targets.dim() == 2 else self.targets.long()
-        self.processor, self.augmented, self.seed = processor, augmented, seed
+        self.augmented, self.seed = augmented, seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared, so that live workers see it change
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.images)
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = self.rows[index]
-        try:
-            pixel_values = self.processor.image_processor([row["image"]], return_tensors="pt")["pixel_values"][0]
-        except ValueError as error:
-            raise ValueError(f"Row {row['row_id']!r}: {error}") from error
-        sample = {"pixel_values": pixel_values, "labels": self.targets[index]}
+        sample = {"pixel_values": self.images[index], "labels": self.targets[index]}
         if self.augmented:
             generator = sample_generator((self.seed, int(self._epoch), index), AUGMENTATION_STREAM)
             sample["augmentation_draws"] = torch.from_numpy(RadiographAugmentation.draw(generator))

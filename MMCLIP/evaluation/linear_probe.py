@@ -345,25 +345,33 @@ def evaluate_linear_probe(
                 "constant_labels": probe.constant_labels,
                 "l2": probe.l2,
             }
-        entries = list(by_seed.values())
-        results[f"{100 * fraction:g} %"] = {
-            "fraction": fraction,
-            "num_patients": entries[0]["num_patients"],  # the same for every seed
-            "num_images": float(np.mean([entry["num_images"] for entry in entries])),
-            **seeds_summary(
-                truth["test"],
-                [margins[fraction, draw] for draw in seeds],
-                labels,
-                patient_ids["test"],
-                thresholds,
-                num_bootstrap,
-                seed,
-            ),
-            "constant_labels": [name for name in labels if any(name in entry["constant_labels"] for entry in entries)],
-            "seeds": by_seed,
-        }
+        summary = seeds_summary(
+            truth["test"],
+            [margins[fraction, draw] for draw in seeds],
+            labels,
+            patient_ids["test"],
+            thresholds,
+            num_bootstrap,
+            seed,
+        )
+        results[f"{100 * fraction:g} %"] = {**fraction_entry(fraction, labels, by_seed, summary), "seeds": by_seed}
     about = {"num_validation_images": len(validation[0]) if validation else 0, "num_bootstrap": num_bootstrap}
     return {"fractions": results, "num_test_images": len(truth["test"]), **about}, margins
+
+
+def fraction_entry(fraction: float, labels: Sequence[str], by_seed: Mapping, summary: Mapping) -> dict:
+    """What stands in a result for one fraction: its size, the `summary` of [`seeds_summary`], and `constant_labels`.
+
+    `by_seed` maps seeds to records with `num_patients`, `num_images` and `constant_labels`.
+    """
+    records = list(by_seed.values())
+    return {
+        "fraction": fraction,
+        "num_patients": records[0]["num_patients"],  # the same for every seed
+        "num_images": float(np.mean([record["num_images"] for record in records])),
+        **summary,
+        "constant_labels": [name for name in labels if any(name in record["constant_labels"] for record in records)],
+    }
 
 
 def check_fractions_and_seeds(fractions: Sequence[float], seeds: Sequence[int]) -> None:

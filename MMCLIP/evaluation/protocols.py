@@ -20,7 +20,7 @@ from ..data.phantom import phantom_dataset
 from ..data.prepared import read_manifest, shards
 from ..data.readers import read_csv_manifest
 from ..data.readers.overlaps import known_overlaps
-from ..text.prompt_sets import PromptSet, prompt_set, prompt_set_names
+from ..text.prompt_sets import PromptSet, prompt_set, prompt_set_names, read_yaml
 from ..text.vocabulary import broader_labels, canonical_label, with_broader_labels
 
 
@@ -90,15 +90,7 @@ def load_protocol(path: str | os.PathLike) -> Protocol:
     key or label; a value of another kind; keys that contradict each other.
     """
     path = Path(path)
-    try:
-        entry = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"There is no file {path} with a protocol.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read as YAML: {error}") from error
-    if not isinstance(entry, dict):
-        raise ValueError(f"{path}: expected the keys of a protocol, but the file holds {type(entry).__name__}.")
-    entry = {"name": path.stem, "source": str(path), **entry}
+    entry = read_yaml(path, "a protocol", "the keys of a protocol")
     if isinstance(entry.get("prompts"), str) and entry["prompts"].endswith((".yaml", ".yml")):
         entry["prompts"] = str(path.parent / entry["prompts"])
     return _read_protocol(entry, str(path))

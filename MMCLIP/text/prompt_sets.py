@@ -99,16 +99,21 @@ def load_prompt_set(path: str | os.PathLike) -> PromptSet:
     Raises ValueError, beginning with the file and the place in it, for: a file that is not there or no YAML; an unknown
     key, label or field; an empty list or text; negative texts that are not as many as the positive ones.
     """
+    return _read_set(read_yaml(path, "prompts", f"the keys {', '.join(_KEYS)}"), str(path))
+
+
+def read_yaml(path: str | os.PathLike, what: str, expected: str) -> dict:
+    """The keys of a YAML file of one's own, with `name` and `source` from the file where it gives none."""
     path = Path(path)
     try:
         entry = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"There is no file {path} with prompts.") from None
+        raise ValueError(f"There is no file {path} with {what}.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(entry, dict):
-        raise ValueError(f"{path}: expected the keys {', '.join(_KEYS)}, but the file holds {type(entry).__name__}.")
-    return _read_set({"name": path.stem, "source": str(path), **entry}, str(path))
+        raise ValueError(f"{path}: expected {expected}, but the file holds {type(entry).__name__}.")
+    return {"name": path.stem, "source": str(path), **entry}
 
 
 @functools.cache

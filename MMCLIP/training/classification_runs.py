@@ -20,6 +20,7 @@ from ..evaluation.embeddings import EmbeddingCache, image_features, model_finger
 from ..evaluation.linear_probe import (
     LinearProbe,
     fit_linear_probe,
+    fraction_entry,
     nested_subset,
     run_metrics,
     seeds_summary,
@@ -276,27 +277,20 @@ def summarise(
     fractions = {}
     for fraction in arguments.fractions:
         runs = {seed: records[fraction, seed] for seed in arguments.seeds}
-        entries = list(runs.values())
-        fractions[f"{100 * fraction:g} %"] = {
-            "fraction": fraction,
-            "num_patients": entries[0]["num_patients"],  # the same for every seed
-            "num_images": float(np.mean([entry["num_images"] for entry in entries])),
-            **seeds_summary(
-                labelled.targets["test"],
-                [entry["margins"] for entry in entries],
-                labelled.labels,
-                labelled.patients["test"],
-                [entry["thresholds"] for entry in entries],
-                arguments.num_bootstrap,
-            ),
-            "constant_labels": [
-                label for label in labelled.labels if any(label in entry["constant_labels"] for entry in entries)
-            ],
-            "seeds": {
-                str(seed): {key: value for key, value in entry.items() if key != "margins"}
-                for seed, entry in runs.items()
-            },
+        summary = seeds_summary(
+            labelled.targets["test"],
+            [record["margins"] for record in runs.values()],
+            labelled.labels,
+            labelled.patients["test"],
+            [record["thresholds"] for record in runs.values()],
+            arguments.num_bootstrap,
+        )
+        by_seed = {
+            str(seed): {key: value for key, value in record.items() if key != "margins"}
+            for seed, record in runs.items()
         }
+        entry = fraction_entry(fraction, labelled.labels, by_seed, summary)
+        fractions[f"{100 * fraction:g} %"] = {**entry, "seeds": by_seed}
     sizes = {role: subset_size(p, np.arange(len(p))) for role, p in labelled.patients.items()}
     return {
         "method": arguments.method,

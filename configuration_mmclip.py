@@ -88,6 +88,9 @@ class MMCLIPConfig(PretrainedConfig):
         the prompt loss of single patches. At 0 the branch is neither built nor run.
     initializer_range (`float`, *optional*, defaults to 0.02):
         Standard deviation of new weights.
+    training_sources (`list[str]`, *optional*):
+        Names of the data sets that the weights were pretrained on, the `source` of their rows. Evaluation warns where
+        these share images with what it scores.
     """
 
     model_type = "mmclip"
@@ -113,6 +116,7 @@ class MMCLIPConfig(PretrainedConfig):
     prompt_weight: float | int = 1.0
     local_weight: float | int = 1.0
     initializer_range: float | int = 0.02
+    training_sources: list[str] | None = None
 
     def __post_init__(self, **kwargs):
         self.vision_config = _to_config(self.vision_config, DEFAULT_VISION_CONFIG, "vision_config")

@@ -18,6 +18,7 @@ import torch
 
 from MMCLIP.evaluation import comparison, comparison_report, figures, report
 from MMCLIP.evaluation.checkpoints import check_checkpoint, load_checkpoint
+from MMCLIP.evaluation.controls import group_controls
 from MMCLIP.evaluation.embeddings import EmbeddingCache
 from MMCLIP.evaluation.protocols import EVALUATIONS, protocol, protocol_names
 
@@ -107,7 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
         results["trials"][key] = {
             "data": comparison.describe_trial(trial),
             "models": {name: outcome.results for name, outcome in outcomes[key].items()},
-            "controls": comparison.trial_controls(trial, options),
+            "controls": group_controls(
+                trial.scored, trial.targets, trial.labels, trial.patients, args.num_bootstrap, args.seed
+            ),
             "differences": {
                 f"{first} - {name}": comparison.compare_models(trial, outcomes[key][first], outcome, options)
                 for name, outcome in outcomes[key].items()

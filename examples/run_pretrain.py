@@ -46,6 +46,7 @@ def main():
         train_dataset, collator = build_datasets(
             train_rows, data_arguments, model, processor, seed=training_arguments.seed
         )
+    model.config.training_sources = sorted({*(model.config.training_sources or ()), *train_rows.unique("source")})
     logger.info(
         f"{len(train_rows)} rows to train on, {len(validation_rows or ())} to validate on; prompt loss on "
         f"{', '.join(collator.prompt_labels) or 'no finding'}; {model.num_parameters() / 1e6:.1f} M parameters"

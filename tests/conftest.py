@@ -1,10 +1,13 @@
 """Tiny models for every test, and a home of its own for caches, so that no test reads what another run left."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from MMCLIP.configuration_mmclip import MMCLIPConfig
+from MMCLIP.modeling_mmclip import MMCLIPModel
+from MMCLIP.processing_mmclip import MMCLIPImageProcessor, MMCLIPProcessor
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,6 +31,16 @@ def tiny_config(vocab_size: int = 100, image_size: int = 32, **fields) -> MMCLIP
         **fields,
     }  # fmt: skip
     return MMCLIPConfig(**fields)
+
+
+def save_tiny(folder: Path, seed: int = 0, **fields) -> Path:
+    """A model that is not trained, and its processor, saved in `folder`."""
+    processor = MMCLIPProcessor(MMCLIPImageProcessor(size=32))
+    processor.tokenizer.model_max_length = 64
+    torch.manual_seed(seed)
+    MMCLIPModel(tiny_config(vocab_size=len(processor.tokenizer), **fields)).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 def tiny_batch(batch_size: int = 4, num_tokens: int = 10, num_findings: int = 3, seed: int = 0) -> dict:

@@ -23,7 +23,10 @@ MEASURED = {
         "decode_speedup", "decode_difference", "loading_speedup", "picture_speedup", "loading_rate", "augmentation_ms",
         "processor_speedup", "epochs_memory_mb", "index_seconds", "index_memory_gb",
     },
-    "evaluation": {"bootstrap_seconds", "bootstrap_memory_mb", "sklearn_seconds", "bootstrap_speedup"},
+    "evaluation": {
+        "bootstrap_seconds", "bootstrap_memory_mb", "sklearn_seconds", "bootstrap_speedup", "zero_shot_seconds",
+        "zero_shot_image_share",
+    },
     "entities": {
         "entity_share", "label_share", "entities_per_report", "masked_share", "rate", "seconds", "tokenizer_ratio",
     },

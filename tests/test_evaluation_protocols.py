@@ -345,3 +345,5 @@ def test_training_on_a_set_that_shares_images_or_on_the_set_itself_is_told():
     same, other = overlap_cautions(protocol("covidx"), ["rsna", "covidx-sirm"])
     assert same.startswith("Training used covidx-sirm too") and "negatives of COVIDx are RSNA images" in other
     assert overlap_cautions(protocol("phantom"), ["phantom"]) == overlap_cautions(protocol("own"), ["x"]) == []
+    (unknown,) = overlap_cautions(protocol("rsna"), None)
+    assert "training_sources" in unknown and overlap_cautions(protocol("phantom"), None) == []

@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
-from MMCLIP.modeling_mmclip import MMCLIPModel
-from MMCLIP.processing_mmclip import MMCLIPImageProcessor, MMCLIPProcessor
+from conftest import save_tiny
 from PIL import Image
 
 from MMCLIP.evaluation import figures, report
@@ -82,16 +80,19 @@ def test_the_markdown_shows_sources_grounding_and_training_where_measured(tmp_pa
         "nih": {"macro_auroc": 0.25, "num_images": 2, "per_class": per_class},
         "other": {"macro_auroc": None, "num_images": 1, "per_class": {}},
     }
-    found = {"heatmap_auroc": 0.7, "pointing_game": 0.4, "num_pairs": 9}
+    found = {"heatmap_auroc": 0.7, "average_precision": 0.3, "pointing_game": 0.4, "num_pairs": 9}
     results["grounding"] = found | {
-        "heatmap_auroc_ci": None,
-        "pointing_game_chance": 0.05,
+        "heatmap_auroc_ci": [0.6, 0.8],
+        **{"heatmap_auroc_chance": 0.5, "average_precision_chance": 0.1, "pointing_game_chance": 0.05},
+        "controls": {"other_finding": {**found, "heatmap_auroc": 0.55}},
         "per_finding": {"mass": found},
     }
     results["train"] = {"seconds": 12.5, "samples_per_second": 80.0}
     text = report.write_markdown(tmp_path, results).read_text()
     assert "| edema | 0.250 | n/a |" in text and "| **mean** | 0.250 | n/a |" in text
-    assert "| mass | 0.700 | 0.400 | 9 |" in text and "0.050 for the pointing game" in text
+    assert "| **all** | 0.700 (0.600 to 0.800) | 0.300 | 0.400 | 9 |" in text
+    assert "| all, mass | 0.700 | 0.300 | 0.400 | 9 |" in text and "| chance | 0.500 | 0.100 | 0.050 |  |" in text
+    assert "| all, control: other finding | 0.550 | 0.300 |" in text
     assert "12 s, 80.0 samples a second." in text
 
 
@@ -139,13 +140,7 @@ def test_figures_are_pictures_and_missing_data_an_error(tmp_path, predictions):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A saved model and processor inside a run's folder, untrained."""
-    folder = make_run(tmp_path_factory.mktemp("run") / "outputs")
-    processor = MMCLIPProcessor(MMCLIPImageProcessor(size=32))
-    processor.tokenizer.model_max_length = 64
-    torch.manual_seed(0)
-    MMCLIPModel(tiny_config(vocab_size=len(processor.tokenizer))).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_tiny(make_run(tmp_path_factory.mktemp("run") / "outputs"))
 
 
 @pytest.fixture

@@ -166,6 +166,18 @@ def test_the_prompts_that_were_used_are_in_the_results_and_a_missing_label_is_an
     assert only.margins.shape == (2, 1)
 
 
+def test_a_file_with_prompts_for_a_label_that_the_rows_lack_is_an_error_unless_the_labels_are_chosen(real, tmp_path):
+    rows = make_rows({"present": ["edema"]}, {"present": ["mass"]})
+    path = tmp_path / "mine.yaml"
+    path.write_text("labels: {edema: {positive: [Edema.]}, mass: {positive: [Mass.]}, Hernia: {positive: [Hernia.]}}")
+    with pytest.raises(
+        ValueError, match="mine.yaml: there are texts for hiatal hernia, .*rows state edema, mass.*--labels"
+    ):
+        evaluate_zero_shot(*real, rows, prompts=str(path), num_bootstrap=0)
+    chosen = evaluate_zero_shot(*real, rows, ["edema", "mass"], prompts=str(path), num_bootstrap=0)[1]
+    assert chosen.labels == ["edema", "mass"]
+
+
 def test_each_prompt_is_embedded_once_however_many_images_there_are():
     model = AngleModel()
     zero_shot_scores(model, AngleProcessor(), [{"path": None, "bytes": gray_png(9)}] * 7, ["edema"], batch_size=2)

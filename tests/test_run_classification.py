@@ -7,9 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
-from MMCLIP.modeling_mmclip import MMCLIPModel
-from MMCLIP.processing_mmclip import MMCLIPImageProcessor, MMCLIPProcessor
+from conftest import save_tiny
 from transformers import AutoModelForImageClassification, AutoProcessor
 
 from MMCLIP.data.phantom import phantom_dataset
@@ -22,13 +20,7 @@ TRAINED = ("--num_train_epochs", 2, "--per_device_train_batch_size", 16, "--lear
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    processor = MMCLIPProcessor(MMCLIPImageProcessor(size=32))
-    processor.tokenizer.model_max_length = 64
-    torch.manual_seed(0)
-    MMCLIPModel(tiny_config(vocab_size=len(processor.tokenizer))).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -81,6 +73,9 @@ def test_a_probe_at_two_fractions_and_seeds_is_fitted_summed_up_and_saved(run, t
     assert names == [f"fraction_{f}_seed_{s}" for f in ("0.5", "1") for s in (0, 1)]
     report = (tmp_path / "report.md").read_text()
     assert capsys.readouterr().out.split("\n\n")[0] in report and "best F1 on the validation rows" in report
+    assert "| at 50 %, labels shuffled | " in report and "| source only | all images have the same source" in report
+    shuffled = half["shuffled_labels"]
+    assert shuffled["num_permutations"] == 20 and 0.3 < shuffled["macro_auroc"] < 0.7
     for name in names:
         logits = logits_of(tmp_path / name / "checkpoint")
         np.testing.assert_allclose(logits, predictions(tmp_path / name), rtol=1e-3, atol=1e-4)

@@ -3,10 +3,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import tiny_config
+from conftest import save_tiny, tiny_config
 from MMCLIP.modeling_mmclip import MMCLIPModel
-from MMCLIP.processing_mmclip import MMCLIPImageProcessor, MMCLIPProcessor
 from PIL import Image
 
 
@@ -21,12 +19,7 @@ def home(tmp_path_factory):
     """Two untrained checkpoints, and a table of 24 films whose brightness tells an effusion."""
     home = tmp_path_factory.mktemp("home")
     for seed in (0, 1):
-        processor = MMCLIPProcessor(MMCLIPImageProcessor(size=32))
-        processor.tokenizer.model_max_length = 64
-        torch.manual_seed(seed)
-        folder = home / f"model{seed}"
-        MMCLIPModel(tiny_config(vocab_size=len(processor.tokenizer))).save_pretrained(folder)
-        processor.save_pretrained(folder)
+        save_tiny(home / f"model{seed}", seed)
     lines = ["file,text,labels,absent_labels,patient_id,view,split,source"]
     for number in range(24):
         split, sick = ("train", "val", "test")[number % 3], number % 2 == 0
@@ -62,7 +55,9 @@ def test_one_command_compares_two_models_and_writes_all_files(home, tmp_path):
     for name in ("zero_shot.csv", "retrieval.csv"):
         assert (tmp_path / "scores" / "own" / name).read_text().count("\n") > 8
     assert "Film" not in (tmp_path / "scores" / "own" / "retrieval.csv").read_text()
+    assert trial["controls"]["view_only"]["reason"].startswith("all images have the same view")
     report = (tmp_path / "report.md").read_text()
+    assert "| model | **macro AUROC** |" in report and "| a, probe at 100 %, labels shuffled | " in report
     for figure in ("roc", "precision_recall", "bars", "calibration"):
         assert f"figures/own/{figure}.png" in report and (tmp_path / "figures" / "own" / f"{figure}.png").is_file()
 
@@ -85,3 +80,30 @@ def test_a_checkpoint_without_a_processor_is_an_error_that_says_so(home, tmp_pat
         run_evaluation.main(
             ["--model", str(tmp_path / "bare"), "--protocol", f"own={home / 'manifest.csv'}", "--output_dir", "o"]
         )
+
+
+def test_a_model_that_trained_on_images_of_the_protocol_is_told_in_the_report(home, tmp_path):
+    model = save_tiny(tmp_path / "trained", training_sources=["chestxray14", "padchest"])
+    table = (home / "manifest.csv").read_text().replace(",h\n", ",rsna\n").replace("pleural effusion", "pneumonia")
+    (home / "rsna.csv").write_text(table)
+    run_evaluation.main(
+        ["--model", str(model), "--protocol", f"rsna={home / 'rsna.csv'}", "--output_dir", str(tmp_path / "out"),
+         "--evaluations", "zero_shot", "--num_bootstrap", "0"]
+    )  # fmt: skip
+    told = "- caution, trained: Images of rsna are in chestxray14, which is trained on"
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert told in report and "padchest" not in report and "prompts published for it" in report
+
+
+def test_prompts_for_labels_that_are_not_scored_are_an_error_or_named_as_the_protocol_has_it(home, tmp_path):
+    prompts = tmp_path / "mine.yaml"
+    prompts.write_text("labels: {pleural effusion: {positive: [x]}, Pneumonia: {positive: [y]}}")
+    with pytest.raises(ValueError, match="mine.yaml: there are texts for pneumonia, but no row states"):
+        evaluate(home, tmp_path / "out", "--prompts", str(prompts))
+    (tmp_path / "effusion.yaml").write_text("labels: [pleural effusion]\n")
+    run_evaluation.main(
+        ["--model", str(home / "model0"), "--protocol", f"{tmp_path / 'effusion.yaml'}={home / 'manifest.csv'}",
+         "--prompts", str(prompts), "--output_dir", str(tmp_path / "out"), "--evaluations", "zero_shot"]
+    )  # fmt: skip
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "- prompts for labels that the protocol does not score: pneumonia" in report

@@ -6,10 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import tiny_config
-from MMCLIP.modeling_mmclip import MMCLIPModel
-from MMCLIP.processing_mmclip import MMCLIPImageProcessor, MMCLIPProcessor
+from conftest import save_tiny
 from PIL import Image
 
 from MMCLIP.evaluation import retrieval
@@ -21,13 +18,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "run_retrieval.py
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A saved model and processor, untrained."""
-    folder = tmp_path_factory.mktemp("model")
-    processor = MMCLIPProcessor(MMCLIPImageProcessor(size=32))
-    processor.tokenizer.model_max_length = 64
-    torch.manual_seed(0)
-    MMCLIPModel(tiny_config(vocab_size=len(processor.tokenizer))).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -5,10 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import tiny_config
-from MMCLIP.modeling_mmclip import MMCLIPModel
-from MMCLIP.processing_mmclip import MMCLIPImageProcessor, MMCLIPProcessor
+from conftest import save_tiny
 from PIL import Image
 
 from MMCLIP.text.prompts import negative_prompts, positive_prompts
@@ -27,13 +24,7 @@ def script():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    processor = MMCLIPProcessor(MMCLIPImageProcessor(size=32))
-    processor.tokenizer.model_max_length = 64
-    torch.manual_seed(0)
-    MMCLIPModel(tiny_config(vocab_size=len(processor.tokenizer))).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -124,6 +124,16 @@ labels:
     assert load_prompt_set(path).source == str(path)
 
 
+def test_the_labels_that_a_file_names_and_data_lack_are_told_those_of_templates_and_published_sets_are_not(written):
+    prompts = prompt_set(
+        str(written("names: [Effusion]\ntemplates: {positive: ['{Name}']}\nlabels: {mass: {positive: [x]}}"))
+    )
+    assert prompts.unused(["edema", "mass"]) == ["pleural effusion"] and prompts.unused(prompts.listed) == []
+    with pytest.raises(ValueError, match="mine.yaml: there are texts for pleural effusion, but no row"):
+        prompts.check_used(["edema", "mass"])
+    assert prompt_set("chexzero").unused([]) == prompt_set("gloria-style").unused([]) == []
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -119,6 +119,7 @@ def test_a_run_leaves_a_folder_that_auto_classes_load_its_config_its_results_and
     folder, _ = unbroken
     model = AutoModel.from_pretrained(folder / "checkpoint", trust_remote_code=True)
     pretraining = AutoModelForPreTraining.from_pretrained(folder / "checkpoint", trust_remote_code=True)
+    assert model.config.training_sources == pretraining.config.training_sources == ["phantom"]
     processor = AutoProcessor.from_pretrained(folder / "checkpoint", trust_remote_code=True)
     saved = weights(folder / "checkpoint")
     assert same_bits(dict(pretraining.state_dict()), saved)

@@ -1,8 +1,8 @@
 """Checkpoints on protocols: every evaluation that applies, from one pass of each data set through each model.
 
 `load_trial` reads the rows of a protocol and what is true of them, `evaluate_model` measures one checkpoint on them,
-`compare_models` sets two against each other on the same patients, and `trial_controls` says what can be had without
-looking at the images. What each measure means stands in the module that makes it.
+and `compare_models` sets two against each other on the same patients. What each measure means stands in the module
+that makes it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ from ..data.manifest import has_image
 from ..text.prompt_sets import PromptSet, prompt_set
 from ..text.vocabulary import NO_FINDING
 from . import bootstrap
-from .controls import class_control_results, control_results, shuffled_control
+from .controls import shuffled_control
 from .embeddings import EmbeddingCache, image_features, rows_fingerprint, text_features
 from .grounding import GroundingScores, compare_grounding, evaluate_grounding, rows_with_lesions
 from .linear_probe import evaluate_linear_probe
 from .negation import evaluate_negation, evaluate_side
-from .protocols import Protocol, check_labels, class_targets, protocol_rows
+from .protocols import Protocol, check_labels, class_targets, overlap_cautions, protocol_rows
 from .retrieval import compare_retrieval, evaluate_retrieval, report_names, retrieval_rows
 from .zero_shot import (
     ClassPredictions,
@@ -99,6 +99,8 @@ def load_trial(protocol: Protocol, place: str, prompts: str | None = None) -> Tr
     for role, part in rows.items():
         scored[role], labels, _ = scored_rows(part, labels)
         if role == "test":
+            if not protocol.labels:
+                chosen.check_used(labels)
             labels, unused = check_labels(protocol, scored[role], chosen, labels)
         if protocol.task == "multi-class":
             targets[role] = class_targets(scored[role], labels)
@@ -128,6 +130,9 @@ def describe_trial(trial: Trial) -> dict:
             "pooling": trial.prompts.pooling,
             "texts": {label: {"positive": list(yes), "negative": list(no)} for label, (yes, no) in pairs},
         },
+        "unused_prompts": trial.prompts.unused(trial.labels),
+        "published_prompts": list(trial.protocol.published_prompts),
+        "headline": trial.protocol.headline,
         "cautions": list(trial.protocol.cautions),
     }
 
@@ -155,7 +160,8 @@ def applicable(trial: Trial, evaluations: Sequence[str] | None) -> dict[str, str
 def evaluate_model(model, processor, trial: Trial, options: Options, cache: EmbeddingCache | None = None) -> Outcome:
     """Every evaluation of a trial that applies. With one `cache` each image goes through the tower once."""
     cache = EmbeddingCache() if cache is None else cache
-    outcome = Outcome({"model_hash": cache.hold(model, processor), "left_out": {}})
+    overlaps = overlap_cautions(trial.protocol, model.config.training_sources)
+    outcome = Outcome({"model_hash": cache.hold(model, processor), "left_out": {}, "overlaps": overlaps})
     passes = {"cache": cache, "batch_size": options.batch_size, "num_workers": options.num_workers}
     draws = {"num_bootstrap": options.num_bootstrap, "seed": options.seed}
 
@@ -244,22 +250,6 @@ def _negation(model, processor, trial: Trial, outcome: Outcome, embeds, cache, d
         outcome.results["side"], _ = evaluate_side(model, processor, rows, embeds, cache=cache, **draws)
     except ValueError as error:
         outcome.results["left_out"]["side"] = str(error)
-
-
-def trial_controls(trial: Trial, options: Options) -> dict:
-    """What the view and the source of the test images alone tell of their labels: no model, no pixel."""
-    roles = [role for role in ("test", "train") if role in trial.scored]
-    train = (trial.scored["train"], trial.targets["train"]) if "train" in roles else (None, None)
-    measure = class_control_results if trial.is_multi_class else control_results
-    return measure(
-        trial.scored["test"],
-        trial.targets["test"],
-        trial.labels,
-        trial.patients["test"],
-        *train,
-        num_bootstrap=options.num_bootstrap,
-        seed=options.seed,
-    )
 
 
 def compare_models(trial: Trial, first: Outcome, second: Outcome, options: Options) -> dict:

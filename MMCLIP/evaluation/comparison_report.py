@@ -8,7 +8,7 @@ import numpy as np
 
 from . import figures
 from .comparison import Outcome, Trial
-from .report import TITLES, markdown_table, number_cell, truth_cells
+from .report import TITLES, controls_lines, grounding_table, markdown_table, number_cell, truth_cells
 from .zero_shot import ClassPredictions
 
 
@@ -133,9 +133,14 @@ def _about(trial: Mapping) -> list[str]:
         f"- prompts: `{data['prompts']['name']}` ({data['prompts']['source']}), pooled by "
         f"`{data['prompts']['pooling']}`; word for word in metrics.json",
     ]
+    if data["published_prompts"]:
+        lines.append(f"- prompts published for it, to choose with --prompts: {', '.join(data['published_prompts'])}")
     if data["unused_labels"]:
         lines.append(f"- labels of the data that the protocol does not score: {', '.join(data['unused_labels'])}")
+    if data["unused_prompts"]:
+        lines.append(f"- prompts for labels that the protocol does not score: {', '.join(data['unused_prompts'])}")
     lines += [f"- caution: {caution}" for caution in data["cautions"]]
+    lines += [f"- caution, {name}: {text}" for name, r in trial["models"].items() for text in r["overlaps"]]
     left_out = {f"{n}: {reason}" for r in trial["models"].values() for n, reason in r["left_out"].items()}
     lines += [f"- not measured, {entry}" for entry in sorted(left_out)]
     return lines
@@ -150,7 +155,9 @@ def _part(trial: Mapping, name: str) -> dict[str, Mapping]:
     return {model: results[name] for model, results in trial["models"].items() if name in results}
 
 
-HEADLINES = ("macro_auroc", "macro_average_precision", "macro_f1", "macro_mcc", "accuracy", "macro_ece")
+HEADLINES = (
+    "macro_auroc", "macro_average_precision", "macro_f1", "macro_accuracy", "macro_mcc", "accuracy", "macro_ece"
+)  # fmt: skip
 
 
 def _headline(trial: Mapping) -> list[str]:
@@ -158,8 +165,11 @@ def _headline(trial: Mapping) -> list[str]:
     keys = [key for key in HEADLINES if any(values.get(key) is not None for values in part.values())]
     if not keys:
         return []
+    quoted = trial["data"]["headline"]  # the number that work on this protocol quotes comes first
+    keys = sorted(keys, key=lambda key: key != quoted)
+    titles = [f"**{TITLES[key]}**" if key == quoted else TITLES[key] for key in keys]
     rows = [[model, *(_cell(values, key) for key in keys)] for model, values in part.items()]
-    lines = ["", "### Zero-shot", "", markdown_table(["model", *(TITLES[key] for key in keys)], rows)]
+    lines = ["", "### Zero-shot", "", markdown_table(["model", *titles], rows)]
     values = next(iter(part.values()))
     notes = [f"{values['num_images']} images."]
     if values.get("skipped"):
@@ -207,31 +217,12 @@ def _zero_shot(trial: Mapping) -> list[str]:
 
 
 def _controls(trial: Mapping) -> list[str]:
-    rows = []
-    for model, values in _part(trial, "zero_shot").items():
-        if "shuffled_labels" in values:
-            shuffled = values["shuffled_labels"]
-            rows.append(
-                [f"{model}, labels shuffled", number_cell(shuffled["macro_auroc"], shuffled["macro_auroc_range"])]
-            )
-    key = next(
-        (
-            k
-            for v in trial["controls"].values()
-            if isinstance(v, Mapping)
-            for k in ("macro_auroc", "accuracy")
-            if k in v
-        ),
-        "",
-    )
-    for name, values in trial["controls"].items():
-        if isinstance(values, Mapping):
-            value = _cell(values, key) if values.get(key) is not None else values.get("reason", "n/a")
-            rows.append([name.replace("_", " "), value])
-    if not rows:
-        return []
-    lines = ["", "Controls, which see no image or no true label:", ""]
-    return [*lines, markdown_table(["control", TITLES.get(key, key) or "macro AUROC"], rows)]
+    shuffled = {m: v["shuffled_labels"] for m, v in _part(trial, "zero_shot").items() if "shuffled_labels" in v}
+    for model, values in _part(trial, "linear_probe").items():
+        for fraction, inner in values["fractions"].items():
+            if "shuffled_labels" in inner:
+                shuffled[f"{model}, probe at {fraction}"] = inner["shuffled_labels"]
+    return controls_lines(trial["controls"], shuffled)
 
 
 def _linear_probe(trial: Mapping) -> list[str]:
@@ -263,25 +254,8 @@ def _retrieval(trial: Mapping) -> list[str]:
 
 
 def _grounding(trial: Mapping) -> list[str]:
-    rows, columns = [], ("heatmap_auroc", "average_precision", "pointing_game")
     part = _part(trial, "grounding")
-    for model, values in part.items():
-        rows.append([f"**{model}**", *(_cell(values, key) for key in columns), values["num_pairs"]])
-        rows += [
-            [f"{model}, control: {name.replace('_', ' ')}", *(_cell(inner, key) for key in columns), ""]
-            for name, inner in values["controls"].items()
-        ]
-        rows += [
-            [f"{model}, {name}", *(_cell(inner, key) for key in columns), inner["num_pairs"]]
-            for name, inner in values["per_finding"].items()
-        ]
-    if not rows:
-        return []
-    values = next(iter(part.values()))
-    chance = [number_cell(values[f"{key}_chance"]) for key in columns]
-    rows.append(["chance", *chance, ""])
-    header = ["map", "AUROC", "average precision", "pointing game", "lesions"]
-    return ["", "### Grounding", "", markdown_table(header, rows)]
+    return ["", "### Grounding", "", grounding_table(part)] if part else []
 
 
 def _negation(trial: Mapping) -> list[str]:

@@ -1,11 +1,11 @@
 """Controls that stand beside every number on real data: how much can be had without looking at an image?
 
-`shuffled_control` gives the labels to other patients: what is left of a score is chance. `control_results` predicts
+`shuffled_control` gives the labels to other patients: what is left of a score is chance. `group_controls` predicts
 each label from the view of a film, from its source, and from both: what these reach, a model may have reached by
 telling AP from PA or one hospital from another.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import datasets
 import numpy as np
@@ -89,6 +89,31 @@ def group_scores(train_groups: Sequence[Hashable], train_targets: np.ndarray, gr
         members = np.array([name == group for name in train_groups], dtype=bool)
         shares[group] = (present[members].sum(axis=0) + overall) / (known[members].sum(axis=0) + 1)
     return np.array([shares[group] for group in groups]).reshape(len(groups), train_targets.shape[1])
+
+
+def group_controls(
+    rows: Mapping[str, datasets.Dataset],
+    targets: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    patient_ids: Mapping[str, Sequence[str]],
+    num_bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict:
+    """[`control_results`] of the role `test`, or [`class_control_results`] where `targets` are class numbers (n,).
+
+    The mappings have the role `test`; where they have `train`, the controls are learned from it.
+    """
+    measure = control_results if np.ndim(targets["test"]) == 2 else class_control_results
+    train = (rows["train"], targets["train"]) if "train" in rows else (None, None)
+    return measure(
+        rows["test"],
+        targets["test"],
+        names,
+        patient_ids["test"],
+        *train,
+        num_bootstrap=num_bootstrap,
+        seed=seed,
+    )
 
 
 def control_results(

@@ -24,8 +24,10 @@ from tqdm.auto import tqdm
 from ..modeling_mmclip import evaluating
 
 
-# the type of the weights is read from the weights
-_ABOUT_THE_FILE = {"_name_or_path", "architectures", "auto_map", "dtype", "transformers_version"}
+# what decides no embedding; the type of the weights is read from the weights
+_ABOUT_THE_FILE = {
+    "_name_or_path", "architectures", "auto_map", "dtype", "training_sources", "transformers_version"
+}  # fmt: skip
 
 
 class ImageFeatures(NamedTuple):

@@ -17,6 +17,7 @@ from .bootstrap import (
     patient_numbers,
     percentile_interval,
 )
+from .controls import shuffled_control
 from .metrics import UNKNOWN, auroc, choose_thresholds, classification_metrics, multiclass_metrics
 from .weighted_metrics import RANKED, THRESHOLDED, MultiClassStatistics, MultiLabelStatistics
 
@@ -428,7 +429,8 @@ def seeds_summary(
     `mcc`), `<metric>_sd` over the fits (None of one) and `<metric>_ci`, and the same of each label under `per_class`.
     An interval draws test patients, the same for every fit, and takes the mean over fits in each draw: it tells what
     other test patients would change, and the deviation what other training patients and seeds would. Labels with one
-    value among the test rows are under `skipped`.
+    value among the test rows are under `skipped`. `shuffled_labels` is the [`shuffled_control`] of the first fit; with
+    classes there is none, and the commonest class is the control.
     """
     targets, is_multi_class = np.asarray(targets), np.ndim(targets) == 1
     patients = patient_numbers(patient_ids, len(targets))
@@ -487,4 +489,7 @@ def seeds_summary(
             drawn = None if drawn is None else drawn[known].mean(axis=0)
             result |= described(f"macro_{key}", values[:, known].mean(axis=1), drawn)
     skipped = [name for number, name in enumerate(labels) if number not in kept]
+    if not is_multi_class:
+        names = [str(number) for number in patients]
+        result["shuffled_labels"] = shuffled_control(targets, margins[0], labels, names, seed=seed)
     return {**result, "per_class": per_class, "skipped": skipped, "interval_reason": reason}

@@ -346,11 +346,16 @@ def class_targets(rows: datasets.Dataset, labels: Sequence[str]) -> np.ndarray:
     return classes
 
 
-def overlap_cautions(chosen: Protocol, training_sources: Iterable[str]) -> list[str]:
-    """A sentence for each `source` of training rows that is known to share images with the protocol's data."""
-    training = sorted({source for source in training_sources if source})
+def overlap_cautions(chosen: Protocol, training_sources: Iterable[str] | None) -> list[str]:
+    """A sentence for each `source` of training rows that is known to share images with the protocol's data.
+
+    None, where nobody knows what a model was trained on, is a sentence too.
+    """
     if not chosen.data or chosen.data == PHANTOM:
         return []
+    if training_sources is None:
+        return ["its config names no `training_sources`, so nothing tells whether it was trained on these images."]
+    training = sorted({source for source in training_sources if source})
     same = [source for source in training if _is_of(chosen, source)]
     sentences = [
         f"Training used {source} too: scores of {chosen.name} are held out only if the training rows came from the "

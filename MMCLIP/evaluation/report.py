@@ -129,6 +129,42 @@ def zero_shot_table(zero_shot: Mapping) -> str:
     return markdown_table(["finding", "AUROC (95 %)", "average precision (95 %)", "present", "absent"], rows)
 
 
+def grounding_table(models: Mapping[str, Mapping]) -> str:
+    """A Markdown table of heat maps, of each model: all lesions, its controls, each finding; then chance."""
+    columns, rows = ("heatmap_auroc", "average_precision", "pointing_game"), []
+
+    def add(title: str, values: Mapping) -> None:
+        cells = (number_cell(values[key], values.get(f"{key}_ci")) for key in columns)
+        rows.append([title, *cells, values.get("num_pairs", "")])
+
+    for model, values in models.items():
+        add(f"**{model}**", values)
+        for control, inner in values["controls"].items():
+            add(f"{model}, control: {control.replace('_', ' ')}", inner)
+        for finding, inner in values["per_finding"].items():
+            add(f"{model}, {finding}", inner)
+        chance = [number_cell(values[f"{key}_chance"]) for key in columns]
+    return markdown_table(
+        ["map", "AUROC", "average precision", "pointing game", "lesions"], [*rows, ["chance", *chance, ""]]
+    )
+
+
+def controls_lines(controls: Mapping[str, Mapping], shuffled: Mapping[str, Mapping]) -> list[str]:
+    """A Markdown table of the `group_controls` and, by what was scored, of the `shuffled_control`; [] without any."""
+    rows = [
+        [f"{name}, labels shuffled", number_cell(values["macro_auroc"], values["macro_auroc_range"])]
+        for name, values in shuffled.items()
+    ]
+    key = "accuracy" if "majority_class" in controls else "macro_auroc"
+    for name, values in controls.items():
+        cell = values["reason"] if "reason" in values else number_cell(values[key], values[f"{key}_ci"])
+        rows.append([name.replace("_", " "), cell])
+    if not rows:
+        return []
+    lines = ["", "Controls, which see no image or no true label:", ""]
+    return [*lines, markdown_table(["control", TITLES[key]], rows)]
+
+
 def write_markdown(output_dir: str | Path, results: Mapping, figures: Sequence[Path] = ()) -> Path:
     """Write report.md from the same `results` as metrics.json; `figures` are linked relative to `output_dir`."""
     path = Path(output_dir) / "report.md"
@@ -165,23 +201,8 @@ def write_markdown(output_dir: str | Path, results: Mapping, figures: Sequence[P
         lines.append(markdown_table(["finding", *(f"{s} ({sources[s]['num_images']})" for s in sources)], rows))
     if "grounding" in results:
         grounding = results["grounding"]
-        rows = [
-            [name, number_cell(v["heatmap_auroc"]), number_cell(v["pointing_game"]), v["num_pairs"]]
-            for name, v in grounding["per_finding"].items()
-        ]
-        overall = number_cell(grounding["heatmap_auroc"], grounding["heatmap_auroc_ci"])
-        rows.append(["**all**", overall, number_cell(grounding["pointing_game"]), grounding["num_pairs"]])
-        lines += [
-            "",
-            "## Grounding",
-            "",
-            markdown_table(["finding", "heat-map AUROC", "pointing game", "masks"], rows),
-            "",
-        ]
-        lines.append(
-            "Text-to-patch attention against the true masks. Chance is 0.5 for the AUROC and "
-            f"{grounding['pointing_game_chance']:.3f} for the pointing game."
-        )
+        lines += ["", "## Grounding", "", grounding_table({"all": grounding}), ""]
+        lines.append("Text-to-patch attention against the true masks and boxes.")
     if "train" in results:
         speed = "{seconds:.0f} s, {samples_per_second:.1f} samples a second.".format_map(results["train"])
         lines += ["", "## Training", "", speed]

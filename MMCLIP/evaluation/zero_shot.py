@@ -239,10 +239,11 @@ def evaluate_zero_shot(
 
     `labels` defaults to every label that the rows name as present or absent; any known spelling is accepted. What a
     label means that a row does not name is decided by `unlisted_is_absent` and `fully_labelled`, see [`label_matrix`].
-    `prompts` is a set of prompts, its name, or a YAML file of one's own; it must have a text for every label. Rows
-    without an image, and rows without a label, are left out and counted. Intervals draw patients with replacement,
-    equal names in two sources being two patients. With a `cache` each image is embedded once. Where rows come from
-    several sources the AUROCs within each source are added under `by_source`, as a source can give a label away.
+    `prompts` is a set of prompts, its name, or a YAML file of one's own; it must have a text for every label, and a
+    file none for a label that the rows lack, unless `labels` are given. Rows without an image, and rows without a
+    label, are left out and counted. Intervals draw patients with replacement, equal names in two sources being two
+    patients. With a `cache` each image is embedded once. Where rows come from several sources the AUROCs within each
+    source are added under `by_source`, as a source can give a label away.
 
     Thresholds, and the temperature of probabilities, are chosen on `validation_rows` alone; without these there is
     neither F1 nor accuracy nor calibration. A set of prompts without negative texts gives no probabilities.
@@ -250,7 +251,10 @@ def evaluate_zero_shot(
     prompts = prompt_set(prompts) if isinstance(prompts, str) else prompts
 
     def scored(rows: datasets.Dataset, labels: Sequence[str] | None):
-        kept, labels, lacking = scored_rows(rows, labels)
+        kept, found, lacking = scored_rows(rows, labels)
+        if labels is None:
+            prompts.check_used(found)
+        labels = found
         targets, num_by_rule = label_matrix(kept, labels, unlisted_is_absent, fully_labelled)
         prompts.texts(labels)  # a label without a text is an error before the long part
         features = image_features(

@@ -8,7 +8,7 @@ import functools
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -44,13 +44,15 @@ class PromptSet:
 
     There are as many negative texts as positive ones, or none: then an image's score is its similarity to the positive
     texts alone, which ranks images but is no probability. `pooling` is one of `POOLINGS`, explained at the head of
-    prompt_sets.yaml; `source` says where the words come from.
+    prompt_sets.yaml; `source` says where the words come from. `listed` are the labels that a file of one's own names
+    one by one.
     """
 
     name: str
     source: str
     pooling: str
     prompts: Mapping[str, Pair]
+    listed: tuple[str, ...] = ()
 
     def texts(self, labels: Sequence[str]) -> list[Pair]:
         """(positive, negative) texts of each label. Raises ValueError naming the labels without a text."""
@@ -59,10 +61,23 @@ class PromptSet:
         if missing:
             there = ", ".join(itertools.islice(self.prompts, 15)) + (", ..." if len(self.prompts) > 15 else "")
             raise ValueError(
-                f"The prompt set {self.name!r} has no text for {', '.join(missing)}. Choose other prompts, or evaluate "
-                f"only labels that it has: {there}."
+                f"The prompt set {self.name!r} has no text for {', '.join(missing)}. Choose other prompts, or name the "
+                f"labels to score (`labels`, --labels), of those that it has: {there}."
             )
         return [self.prompts[label] for label in labels]
+
+    def unused(self, labels: Sequence[str]) -> list[str]:
+        """The labels that a file of one's own has texts for and that are not among `labels`."""
+        return [label for label in self.listed if label not in labels]
+
+    def check_used(self, labels: Sequence[str]) -> None:
+        """Raises ValueError where a file of one's own has texts for labels that data, which have `labels`, lack."""
+        if unused := self.unused(labels):
+            raise ValueError(
+                f"{self.source}: there are texts for {', '.join(unused)}, but no row states these as present or "
+                f"absent; the rows state {', '.join(labels)}. Correct the names, take the texts out, or name the "
+                "labels to score (`labels`, --labels)."
+            )
 
 
 def prompt_set_names() -> list[str]:
@@ -90,7 +105,8 @@ def _named_set(name: str) -> PromptSet:
         pooling = "max_score" if name == "mmclip-attributes" else "mean_embedding"
         prompts = {label: _our_pair(name, label) for label in (*_labels(), NO_FINDING)}
         return PromptSet(name, OURS[name], pooling, prompts)
-    return _read_set({"name": name, **_stored_sets()[name]}, f"{PROMPT_SETS_FILE.name}: {name}")
+    stored = _read_set({"name": name, **_stored_sets()[name]}, f"{PROMPT_SETS_FILE.name}: {name}")
+    return replace(stored, listed=())
 
 
 def load_prompt_set(path: str | os.PathLike) -> PromptSet:
@@ -166,7 +182,8 @@ def _read_set(entry: dict, where: str) -> PromptSet:
         prompts[label] = _pair(texts, f"{at}: {spelling}")
     if not prompts:
         raise ValueError(f"{where}: there are no texts; give `labels`, `templates`, or both.")
-    return PromptSet(str(entry["name"]), str(entry.get("source", "")), pooling, prompts)
+    listed = tuple(dict.fromkeys((*names, *seen)))
+    return PromptSet(str(entry["name"]), str(entry.get("source", "")), pooling, prompts, listed)
 
 
 def _check_keys(entry: object, allowed: Sequence[str], where: str) -> None:

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 import transformers
 
+from ..data.readers.overlaps import known_overlaps
 from ..evaluation import report
+from ..evaluation.controls import group_controls
 from ..evaluation.embeddings import EmbeddingCache, image_features, model_fingerprint
 from ..evaluation.linear_probe import (
     LinearProbe,
@@ -66,6 +68,7 @@ def run_all(processor, labelled: LabelledRows, arguments: Arguments) -> dict:
     """
     what, data, training = arguments
     model = MMCLIPModel.from_pretrained(what.model_name_or_path)
+    overlaps = known_overlaps(model.config.training_sources or (), labelled.rows["test"].unique("source"))
     hashes = {"model_hash": model_fingerprint(model, processor), "data_hash": data_hash(labelled)}
     made_by = run_arguments(arguments) | hashes
     folders = {(f, s): run_folder(training.output_dir, f, s) for f in what.fractions for s in what.seeds}
@@ -97,7 +100,7 @@ def run_all(processor, labelled: LabelledRows, arguments: Arguments) -> dict:
         else:
             margins, about = _fit_by_trainer(folder, processor, labelled, chosen, seed, arguments)
         records[fraction, seed] = _write_run(folder, labelled, chosen, margins, about, made_by, training)
-    return {"classification": summarise(labelled, records, what), **hashes}
+    return {"classification": summarise(labelled, records, what), "overlaps": overlaps, **hashes}
 
 
 def data_hash(labelled: LabelledRows) -> str:
@@ -299,6 +302,9 @@ def summarise(
         "left_out_labels": labelled.left_out,
         "data": {role: sizes[role] for role in ROLES if role in sizes},
         "num_bootstrap": arguments.num_bootstrap,
+        "controls": group_controls(
+            labelled.rows, labelled.targets, labelled.labels, labelled.patients, arguments.num_bootstrap
+        ),
         "fractions": fractions,
     }
 
@@ -327,7 +333,8 @@ def write_report(output_dir: str | os.PathLike, results: Mapping) -> Path:
         for role, size in classification["data"].items()
     )
     lines = ["# MMCLIP classification", "", *(f"- {key}: `{results[key]}`" for key in ("model", "data", "command"))]
-    lines += [f"- method: {classification['method']}, {classification['task']}; {sizes}", ""]
+    lines += [f"- method: {classification['method']}, {classification['task']}; {sizes}"]
+    lines += [*(f"- caution: {sentence}" for sentence in results["overlaps"]), ""]
     lines += [summary_table(classification), ""]
     num_seeds = len(next(iter(fractions.values()))["seeds"])
     lines.append(
@@ -361,6 +368,8 @@ def write_report(output_dir: str | os.PathLike, results: Mapping) -> Path:
             for label in next(iter(fractions.values()))["per_class"]
         ]  # fmt: skip
         lines += ["", "AUROC of each label:", "", report.markdown_table(["label", *fractions], rows)]
+    shuffled = {f"at {name}": v["shuffled_labels"] for name, v in fractions.items() if "shuffled_labels" in v}
+    lines += report.controls_lines(classification["controls"], shuffled)
     path = Path(output_dir) / "report.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

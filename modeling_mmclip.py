@@ -6,10 +6,12 @@ import math
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers import initialization as init
 from transformers.image_processing_base import ImageProcessingMixin
@@ -27,46 +29,74 @@ from .configuration_mmclip import MMCLIPConfig, max_text_length
 # ------------------------------------------------------------------------------------------------ losses and masking
 
 
-class _GatherWithGradient(torch.autograd.Function):
-    """Concatenate a tensor over all processes; its gradient is summed over them. Works on gloo and NCCL."""
-
-    @staticmethod
-    def forward(ctx, tensor):
-        gathered = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(gathered, tensor.contiguous())
-        return torch.cat(gathered)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous()
-        torch.distributed.all_reduce(gradient)
-        return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
-
-
 def _num_processes() -> int:
     is_running = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if is_running else 1
 
 
-def gather_over_processes(tensor: Tensor) -> Tensor:
-    """(B, ...) of each process -> (B * processes, ...) in rank order, with gradient; unchanged in a single process."""
-    return tensor if _num_processes() == 1 else _GatherWithGradient.apply(tensor)
+def rows_per_process(num_rows: int, device: torch.device) -> list[int]:
+    """How many rows each process holds, in rank order; only the last batch of an epoch may be shared out unevenly."""
+    if _num_processes() == 1:
+        return [num_rows]
+    counts = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(_num_processes())]
+    torch.distributed.all_gather(counts, torch.tensor([num_rows], device=device))
+    return torch.cat(counts).tolist()
 
 
-def _soft_cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:
-    """Mean over rows that have a positive of the cross-entropy against a uniform target over the row's positives.
+class _GatherWithGradient(torch.autograd.Function):
+    """Concatenate a tensor over all processes; its gradient is summed over them. Works on gloo and NCCL."""
 
-    In a distributed run the mean is taken with the number of such rows of an average process, so that the average of
-    the losses of all processes is the mean over all rows, however unevenly they are spread.
+    @staticmethod
+    def forward(ctx, tensor, sizes):
+        ctx.sizes = sizes
+        padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])  # a collective wants the same shape of everybody
+        padded[: len(tensor)] = tensor
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(gathered, padded)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        torch.distributed.all_reduce(gradient)
+        return gradient.split(ctx.sizes)[torch.distributed.get_rank()], None
+
+
+def gather_over_processes(tensor: Tensor, sizes: list[int] | None = None) -> Tensor:
+    """(B, ...) of each process -> (sum of all B, ...) in rank order, with gradient; unchanged in a single process.
+
+    `sizes` are what [`rows_per_process`] says, which is asked when they are left out.
     """
+    if _num_processes() == 1:
+        return tensor
+    return _GatherWithGradient.apply(tensor, sizes or rows_per_process(len(tensor), tensor.device))
+
+
+def count_per_process(count: Tensor) -> Tensor:
+    """The `count` of all processes over their number, as a float.
+
+    A sum of this process divided by it is a loss whose average over processes, which is what distributed training takes
+    the gradient of, is the mean over all rows, however unevenly these are spread.
+    """
+    count = count.float()
+    if _num_processes() > 1:
+        count = count.clone()
+        torch.distributed.all_reduce(count)
+        count = count / _num_processes()
+    return count
+
+
+def _mean_over_processes(total: Tensor, count: Tensor | float) -> Tensor:
+    """`total` over a count of [`count_per_process`]; 0, not NaN, where nothing is counted."""
+    return total / torch.as_tensor(count, device=total.device).clamp(min=1 / _num_processes())
+
+
+def _cross_entropies(logits: Tensor, positives: Tensor) -> Tensor:
+    """Sum over rows of the cross-entropy against a uniform target over the row's positives; 0 for a row with none."""
     num_positives = positives.sum(dim=-1)  # (R,)
     # masked_fill, not a product: a column that was set to -inf must not turn into NaN
-    log_likelihood = logits.log_softmax(dim=-1).masked_fill(~positives, 0.0).sum(dim=-1) / num_positives.clamp(min=1)
-    num_rows = (num_positives > 0).sum().to(logits.dtype)
-    if _num_processes() > 1:
-        torch.distributed.all_reduce(num_rows)
-        num_rows = num_rows / _num_processes()
-    return -log_likelihood.sum() / num_rows.clamp(min=1 / _num_processes())
+    log_likelihood = logits.log_softmax(dim=-1).masked_fill(~positives, 0.0).sum(dim=-1)
+    return -(log_likelihood / num_positives.clamp(min=1)).sum()
 
 
 def contrastive_loss(
@@ -75,67 +105,84 @@ def contrastive_loss(
     logit_scale: Tensor,
     group_ids: Tensor | None = None,
     has_image: Tensor | None = None,
+    sizes: list[int] | None = None,
+    max_logits: int = 2**24,
 ) -> Tensor:
     """Symmetric image-text cross-entropy (CLIP, Radford et al. 2021) in which equal texts are mutual positives.
 
     `image_embeds` and `text_embeds` are (B, D), L2-normalised; `logit_scale` is the factor on their cosine, not its
     log. Rows with the same number in `group_ids` (B,) have the same text; left out, each row is its own group. Rows
-    that are False in `has_image` (B,) lend their text as a negative and take no other part. In a distributed run the
-    rows of this process are scored against those of all processes (local loss). Returns a scalar: 0 with no image.
+    that are False in `has_image` (B,) lend their text as a negative and take no other part. Returns a scalar: 0 with
+    no image.
+
+    In a distributed run the rows of this process are scored against those of all processes (local loss), whose numbers
+    of rows are `sizes`. A matrix of more than `max_logits` similarities is never held: it is made in chunks of rows,
+    and made again for the gradient, which takes a third more time for them and memory that no longer grows.
     """
     num_rows, device = len(image_embeds), image_embeds.device
+    if sizes is None:
+        sizes = rows_per_process(num_rows, device)
     if has_image is None:
         has_image = torch.ones(num_rows, dtype=torch.bool, device=device)
-    all_images, all_texts = gather_over_processes(image_embeds), gather_over_processes(text_embeds)
-    all_has_image = gather_over_processes(has_image)
-    offset = torch.distributed.get_rank() * num_rows if len(all_images) > num_rows else 0
+    all_images, all_texts = gather_over_processes(image_embeds, sizes), gather_over_processes(text_embeds, sizes)
+    all_has_image = gather_over_processes(has_image, sizes)
     if group_ids is None:
         all_groups = torch.arange(len(all_images), device=device)
-        group_ids = all_groups[offset : offset + num_rows]
+        group_ids = all_groups if len(sizes) == 1 else all_groups.split(sizes)[torch.distributed.get_rank()]
     else:
-        all_groups = gather_over_processes(group_ids)
-    same_text = group_ids[:, None] == all_groups[None, :]  # (B, all)
-    image_to_text = _soft_cross_entropy(logit_scale * image_embeds @ all_texts.T, same_text & has_image[:, None])
-    text_logits = (logit_scale * text_embeds @ all_images.T).masked_fill(~all_has_image, -torch.inf)
-    # a batch with no image at all would be a row of -inf: give such rows zeros, they have no positive anyway
-    text_logits = torch.where(all_has_image.any(), text_logits, torch.zeros_like(text_logits))
-    text_to_image = _soft_cross_entropy(text_logits, same_text & all_has_image & has_image[:, None])
-    return (image_to_text + text_to_image) / 2
+        all_groups = gather_over_processes(group_ids, sizes)
+
+    def rows_against_all(images, texts, groups, is_shown, all_images, all_texts, logit_scale):
+        same_text = (groups[:, None] == all_groups[None, :]) & is_shown[:, None]  # (R, all)
+        image_to_text = _cross_entropies(logit_scale * images @ all_texts.T, same_text)
+        text_logits = (logit_scale * texts @ all_images.T).masked_fill(~all_has_image, -torch.inf)
+        # a batch with no image at all would be a row of -inf: give such rows zeros, they have no positive anyway
+        text_logits = torch.where(all_has_image.any(), text_logits, torch.zeros_like(text_logits))
+        return image_to_text + _cross_entropies(text_logits, same_text & all_has_image)
+
+    parts = [image_embeds, text_embeds, group_ids, has_image]
+    everything = (all_images, all_texts, logit_scale)
+    chunk_size = max(1, max_logits // max(len(all_images), 1))
+    if num_rows <= chunk_size:
+        total = rows_against_all(*parts, *everything)
+    else:
+        total = sum(
+            checkpoint(rows_against_all, *chunk, *everything, use_reentrant=False)
+            for chunk in zip(*(part.split(chunk_size) for part in parts), strict=True)
+        )
+    # a row that has an image has its own text as a positive, and the other way round
+    return _mean_over_processes(total, 2 * count_per_process(has_image.sum()))
 
 
-def prompt_loss(image_embeds: Tensor, prompt_embeds: Tensor, logit_scale: Tensor, prompt_labels: Tensor) -> Tensor:
-    """ "There is X" against "there is no X" for each image and each known finding, as [`finding_loss`].
+def prompt_logits(image_embeds: Tensor, prompt_embeds: Tensor, logit_scale: Tensor) -> Tensor:
+    """ "There is X" against "there is no X" for each image and finding: (B, D), (F, 2, D) -> logits (B, F).
 
-    `image_embeds` (B, D) and `prompt_embeds` (F, 2, D; present, then absent) are L2-normalised; `prompt_labels` (B, F)
-    is 1 where the finding is present, 0 where it is absent and -100 where nothing is known. Returns a scalar.
+    Both are L2-normalised; of a pair of prompts the first says present, the second absent.
     """
-    logits = logit_scale * image_embeds @ (prompt_embeds[:, 0] - prompt_embeds[:, 1]).T  # (B, F)
-    return finding_loss(logits, prompt_labels)
+    return logit_scale * image_embeds @ (prompt_embeds[:, 0] - prompt_embeds[:, 1]).T
 
 
-def local_prompt_loss(
-    patch_embeds: Tensor, prompt_embeds: Tensor, logit_scale: Tensor, prompt_labels: Tensor
-) -> Tensor:
-    """As [`prompt_loss`], but the patches answer: does any of them say "there is X" rather than "there is no X"?
+def local_prompt_logits(patch_embeds: Tensor, prompt_embeds: Tensor, logit_scale: Tensor) -> Tensor:
+    """As [`prompt_logits`], but the patches answer: does any of them say "there is X" rather than "there is no X"?
 
-    `patch_embeds` (B, N, D) are projected and L2-normalised; the other arguments are those of [`prompt_loss`]. "Any" is
-    the soft maximum log(mean(exp(.))) over the patches, as in multiple-instance learning.
+    `patch_embeds` (B, N, D) are projected and L2-normalised. "Any" is the soft maximum log(mean(exp(.))) over the
+    patches, as in multiple-instance learning. Returns (B, F).
     """
     contrast = prompt_embeds[:, 0] - prompt_embeds[:, 1]  # (F, D)
     margins = logit_scale * torch.einsum("bnd,fd->bfn", patch_embeds, contrast)
-    return finding_loss(margins.logsumexp(dim=-1) - math.log(margins.shape[-1]), prompt_labels)
+    return margins.logsumexp(dim=-1) - math.log(margins.shape[-1])
 
 
-def finding_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def finding_loss(logits: Tensor, labels: Tensor, sizes: list[int] | None = None) -> Tensor:
     """How far findings (B, F) are from being told apart, by rank and by sign; labels are 1, 0, or -100 (unknown).
 
     The rank part is the mean of softplus(absent - present) over all pairs of images of which one has a finding and the
     other lacks it. A mere base rate ("findings are mostly absent") does not lower it: with cross-entropy alone, that is
     what the text tower learns first, and its prompts collapse into "no". The sign part is half the cross-entropy, with
     present and absent of the same weight, and puts the border between the two at 0. Both go over the images of all
-    processes. Returns a scalar; a part for which nothing is known is 0.
+    processes, which have `sizes` rows each. Returns a scalar; a part for which nothing is known is 0.
     """
-    logits, labels = gather_over_processes(logits), gather_over_processes(labels)
+    logits, labels = gather_over_processes(logits, sizes), gather_over_processes(labels, sizes)
     is_present, is_absent = labels == 1, labels == 0  # (B, F)
     is_pair = is_present[:, None, :] & is_absent[None, :, :]  # (B, B, F)
     rank = (F.softplus(logits[None, :, :] - logits[:, None, :]) * is_pair).sum() / is_pair.sum().clamp(min=1)
@@ -144,19 +191,28 @@ def finding_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return rank + (present + absent) / 4
 
 
-def masked_patch_loss(mim_logits: Tensor, patch_targets: Tensor, bool_masked_pos: Tensor) -> Tensor:
+def masked_patch_loss(
+    mim_logits: Tensor, patch_targets: Tensor, bool_masked_pos: Tensor, num_hidden: Tensor | None = None
+) -> Tensor:
     """Mean squared error over hidden patches only, as in MAE (He et al. 2022).
 
     `mim_logits` and `patch_targets` are (B, N, P * P * C); `bool_masked_pos` is (B, N), True where hidden. Returns a
-    scalar: 0, not NaN, when nothing is hidden.
+    scalar: 0, not NaN, when nothing is hidden. `num_hidden` is what the sum is divided by, where these rows are part of
+    a batch: its [`count_per_process`] of hidden patches.
     """
     per_patch = (mim_logits - patch_targets).pow(2).mean(dim=-1)  # (B, N)
-    return (per_patch * bool_masked_pos).sum() / bool_masked_pos.sum().clamp(min=1)
+    num_hidden = count_per_process(bool_masked_pos.sum()) if num_hidden is None else num_hidden
+    return _mean_over_processes((per_patch * bool_masked_pos).sum(), num_hidden)
 
 
-def masked_token_loss(mlm_logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of the hidden words: (M, vocab) against (M,). Returns a scalar: 0 when nothing is hidden."""
-    return F.cross_entropy(mlm_logits.float(), labels, reduction="sum") / max(len(labels), 1)
+def masked_token_loss(mlm_logits: Tensor, labels: Tensor, num_hidden: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of the hidden words: (M, vocab) against (M,). Returns a scalar: 0 when nothing is hidden.
+
+    `num_hidden` is, where these words are part of a batch, its [`count_per_process`] of hidden words.
+    """
+    if num_hidden is None:
+        num_hidden = count_per_process(torch.tensor(len(labels), device=labels.device))
+    return _mean_over_processes(F.cross_entropy(mlm_logits.float(), labels, reduction="sum"), num_hidden)
 
 
 def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
@@ -472,6 +528,28 @@ class MMCLIPForPreTrainingOutput(ModelOutput):
     mlm_logits: torch.FloatTensor | None = None
     bool_masked_pos: torch.BoolTensor | None = None
     text_to_patch_attention: torch.FloatTensor | None = None
+
+
+class EncodedRows(NamedTuple):
+    """What the towers make of a batch: image_embeds, text_embeds (B, D), projected and L2-normalised; patch_tokens
+    (B, N, H); text_tokens and, with EntMLM, masked_text_tokens (B, T, H')."""
+
+    image_embeds: Tensor
+    text_embeds: Tensor
+    patch_tokens: Tensor
+    text_tokens: Tensor
+    masked_text_tokens: Tensor | None
+
+
+@dataclass
+class Rebuilt:
+    """What AttMIM and EntMLM make of rows, by the names of [`MMCLIPForPreTrainingOutput`]; `losses` are mim and mlm."""
+
+    losses: dict[str, Tensor]
+    text_to_patch_attention: Tensor | None = None
+    bool_masked_pos: Tensor | None = None
+    mim_logits: Tensor | None = None
+    mlm_logits: Tensor | None = None
 
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -955,7 +1033,6 @@ class MMCLIPForPreTraining(MMCLIPModel):
         out; or bool_masked_pos (B, N): those patches themselves. prompt_input_ids, prompt_attention_mask (2F, T') and
         prompt_labels (B, F): "there is X" and "there is no X" for F findings, and which of them hold.
         """
-        config = self.config
         if input_ids is None or pixel_values is None:
             raise ValueError(
                 "MMCLIPForPreTraining needs `input_ids` and `pixel_values`; rows without an image are False in "
@@ -965,58 +1042,127 @@ class MMCLIPForPreTraining(MMCLIPModel):
             has_image = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        masks_words = config.mlm_weight > 0 and input_ids_masked is not None
+        sizes = rows_per_process(len(pixel_values), pixel_values.device)  # first, while nothing has to be waited for
 
-        pooled_image, patch_tokens, _ = self.encode_image(pixel_values)  # (B, H), (B, N, H)
-        # one text pass for the whole and the masked texts
-        all_ids = torch.cat([input_ids, input_ids_masked]) if masks_words else input_ids
-        all_mask = torch.cat([attention_mask, attention_mask]) if masks_words else attention_mask
-        pooled_text, text_tokens, _ = self.encode_text(all_ids, all_mask)
-        text_tokens, masked_text_tokens = text_tokens[: len(input_ids)], text_tokens[len(input_ids) :]
-        image_embeds = self.project_image(pooled_image)  # (B, D)
-        text_embeds = self.project_text(pooled_text[: len(input_ids)])  # (B, D)
-        scale = self.similarity_scale()
-
-        losses, mim_logits, mlm_logits = {}, None, None
-        if config.contrastive_weight > 0:
-            losses["contrastive"] = contrastive_loss(image_embeds, text_embeds, scale, group_ids, has_image)
-        attention = self._entity_attention(patch_tokens, text_tokens, attention_mask, entity_mask)  # (B, N)
-        if config.mim_weight > 0:
-            if bool_masked_pos is None:
-                bool_masked_pos = self._hide_patches(attention, mim_noise)
-            mim_logits = self.mim_head(patch_tokens, bool_masked_pos, text_tokens, attention_mask)
-            targets = normalise_patches(patchify(pixel_values, self.patch_size))
-            losses["mim"] = masked_patch_loss(mim_logits, targets, bool_masked_pos & has_image[:, None])
-        if masks_words:
-            seen = torch.where(has_image[:, None, None], patch_tokens, self.no_image_token.to(patch_tokens.dtype))
-            is_masked = None if mlm_labels is None else mlm_labels != -100
-            words = self.text_model.get_input_embeddings().weight
-            mlm_logits = self.mlm_head(masked_text_tokens, attention_mask, seen, words, is_masked)
-            if mlm_labels is not None:
-                losses["mlm"] = masked_token_loss(mlm_logits, mlm_labels[is_masked])
-        if (config.prompt_weight > 0 or config.local_weight > 0) and prompt_input_ids is not None:
+        rows = self.encode_rows(pixel_values, input_ids, attention_mask, input_ids_masked)
+        rebuilt = self.rebuild(
+            rows, pixel_values, attention_mask, has_image, mlm_labels, entity_mask, mim_noise, bool_masked_pos
+        )
+        finding_logits = {}
+        if (self.config.prompt_weight > 0 or self.config.local_weight > 0) and prompt_input_ids is not None:
             # prompts are short: a pass of their own costs less than padding them to the length of a report
-            pooled_prompts = self.encode_text(prompt_input_ids, prompt_attention_mask)[0]
-            prompt_embeds = self.project_text(pooled_prompts).unflatten(0, (-1, 2))  # (F, 2, D)
-            known = prompt_labels.masked_fill(~has_image[:, None], -100)
-            if config.prompt_weight > 0:
-                losses["prompt"] = prompt_loss(image_embeds, prompt_embeds, scale, known)
-            if config.local_weight > 0:
-                losses["local"] = local_prompt_loss(self.project_image(patch_tokens), prompt_embeds, scale, known)
-
-        logits_per_image = scale * image_embeds @ text_embeds.T
+            prompt_embeds = self.embed_prompts(prompt_input_ids, prompt_attention_mask)
+            finding_logits = self.finding_logits(rows, prompt_embeds)
+        losses = self.batch_losses(
+            rows.image_embeds, rows.text_embeds, finding_logits, has_image, group_ids, prompt_labels, sizes
+        )
+        losses |= rebuilt.losses
+        logits_per_image = self.similarity_scale() * rows.image_embeds @ rows.text_embeds.T
         return MMCLIPForPreTrainingOutput(
-            loss=sum(getattr(config, f"{name}_weight") * loss for name, loss in losses.items()) if losses else None,
+            loss=self.total_loss(losses) if losses else None,
             loss_info={name: loss.detach() for name, loss in losses.items()},
             logits_per_image=logits_per_image,
             logits_per_text=logits_per_image.T,
-            text_embeds=text_embeds,
-            image_embeds=image_embeds,
-            mim_logits=mim_logits,
-            mlm_logits=mlm_logits,
-            bool_masked_pos=bool_masked_pos if config.mim_weight > 0 else None,
-            text_to_patch_attention=attention,
+            text_embeds=rows.text_embeds,
+            image_embeds=rows.image_embeds,
+            mim_logits=rebuilt.mim_logits,
+            mlm_logits=rebuilt.mlm_logits,
+            bool_masked_pos=rebuilt.bool_masked_pos,
+            text_to_patch_attention=rebuilt.text_to_patch_attention,
         )
+
+    def encode_rows(self, pixel_values, input_ids, attention_mask, input_ids_masked=None) -> EncodedRows:
+        """Both towers on the rows of a batch, whole and masked texts in one pass."""
+        masks_words = self.config.mlm_weight > 0 and input_ids_masked is not None
+        pooled_image, patch_tokens, _ = self.encode_image(pixel_values)  # (B, H), (B, N, H)
+        all_ids = torch.cat([input_ids, input_ids_masked]) if masks_words else input_ids
+        all_mask = torch.cat([attention_mask, attention_mask]) if masks_words else attention_mask
+        pooled_text, text_tokens, _ = self.encode_text(all_ids, all_mask)
+        num_rows = len(input_ids)
+        return EncodedRows(
+            image_embeds=self.project_image(pooled_image),
+            text_embeds=self.project_text(pooled_text[:num_rows]),
+            patch_tokens=patch_tokens,
+            text_tokens=text_tokens[:num_rows],
+            masked_text_tokens=text_tokens[num_rows:] if masks_words else None,
+        )
+
+    def rebuild(
+        self,
+        rows: EncodedRows,
+        pixel_values: Tensor,
+        attention_mask: Tensor,
+        has_image: Tensor,
+        mlm_labels: Tensor | None = None,
+        entity_mask: Tensor | None = None,
+        mim_noise: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        num_hidden_patches: Tensor | None = None,
+        num_hidden_words: Tensor | None = None,
+    ) -> Rebuilt:
+        """AttMIM and EntMLM: both see one row at a time, so that a batch may go through in parts.
+
+        Then `num_hidden_patches` and `num_hidden_words` are those of the whole batch, see [`masked_patch_loss`].
+        """
+        config, patch_tokens = self.config, rows.patch_tokens
+        rebuilt = Rebuilt(losses={})
+        rebuilt.text_to_patch_attention = self._entity_attention(
+            patch_tokens, rows.text_tokens, attention_mask, entity_mask
+        )  # (B, N)
+        if config.mim_weight > 0:
+            if bool_masked_pos is None:
+                bool_masked_pos = self._hide_patches(rebuilt.text_to_patch_attention, mim_noise)
+            rebuilt.bool_masked_pos = bool_masked_pos
+            rebuilt.mim_logits = self.mim_head(patch_tokens, bool_masked_pos, rows.text_tokens, attention_mask)
+            targets = normalise_patches(patchify(pixel_values, self.patch_size))
+            rebuilt.losses["mim"] = masked_patch_loss(
+                rebuilt.mim_logits, targets, bool_masked_pos & has_image[:, None], num_hidden_patches
+            )
+        if rows.masked_text_tokens is not None:
+            seen = torch.where(has_image[:, None, None], patch_tokens, self.no_image_token.to(patch_tokens.dtype))
+            is_masked = None if mlm_labels is None else mlm_labels != -100
+            words = self.text_model.get_input_embeddings().weight
+            rebuilt.mlm_logits = self.mlm_head(rows.masked_text_tokens, attention_mask, seen, words, is_masked)
+            if mlm_labels is not None:
+                rebuilt.losses["mlm"] = masked_token_loss(rebuilt.mlm_logits, mlm_labels[is_masked], num_hidden_words)
+        return rebuilt
+
+    def embed_prompts(self, prompt_input_ids: Tensor, prompt_attention_mask: Tensor) -> Tensor:
+        """(2F, T'), (2F, T') -> (F, 2, D): "there is X" and "there is no X", L2-normalised."""
+        return self.project_text(self.encode_text(prompt_input_ids, prompt_attention_mask)[0]).unflatten(0, (-1, 2))
+
+    def finding_logits(self, rows: EncodedRows, prompt_embeds: Tensor) -> dict[str, Tensor]:
+        """What images (`prompt`) and their patches (`local`) say of F findings, (B, F) each, as far as it counts."""
+        scale, logits = self.similarity_scale(), {}
+        if self.config.prompt_weight > 0:
+            logits["prompt"] = prompt_logits(rows.image_embeds, prompt_embeds, scale)
+        if self.config.local_weight > 0:
+            logits["local"] = local_prompt_logits(self.project_image(rows.patch_tokens), prompt_embeds, scale)
+        return logits
+
+    def batch_losses(
+        self,
+        image_embeds: Tensor,
+        text_embeds: Tensor,
+        finding_logits: dict[str, Tensor],
+        has_image: Tensor,
+        group_ids: Tensor | None = None,
+        prompt_labels: Tensor | None = None,
+        sizes: list[int] | None = None,
+    ) -> dict[str, Tensor]:
+        """The losses that hold rows against each other, of all processes: contrastive and those of findings."""
+        losses = {}
+        if self.config.contrastive_weight > 0:
+            losses["contrastive"] = contrastive_loss(
+                image_embeds, text_embeds, self.similarity_scale(), group_ids, has_image, sizes
+            )
+        for name, logits in finding_logits.items():
+            losses[name] = finding_loss(logits, prompt_labels.masked_fill(~has_image[:, None], -100), sizes)
+        return losses
+
+    def total_loss(self, losses: dict[str, Tensor]) -> Tensor:
+        """Their sum under the weights of the config."""
+        return sum(getattr(self.config, f"{name}_weight") * loss for name, loss in losses.items())
 
     @torch.no_grad()
     def _entity_attention(self, patch_tokens, text_tokens, attention_mask, entity_mask=None) -> Tensor:

@@ -11,12 +11,12 @@ from MMCLIP.modeling_mmclip import (
     contrastive_loss,
     finding_loss,
     fold_patch_convolution,
-    local_prompt_loss,
+    local_prompt_logits,
     masked_patch_loss,
     masked_token_loss,
     normalise_patches,
     patchify,
-    prompt_loss,
+    prompt_logits,
     select_masked_patches,
 )
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, BertTokenizerFast, ViTConfig, ViTModel
@@ -71,11 +71,12 @@ def test_contrastive_loss_of_a_batch_without_any_image_is_zero_with_zero_gradien
 def test_prompt_loss_counts_only_known_findings():
     image = torch.tensor([[1.0, 0.0]])
     prompts = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]])  # logits 1 and -1 at scale 1
-    known_first = prompt_loss(image, prompts, ONE, torch.tensor([[1.0, -100.0]]))
+    logits = prompt_logits(image, prompts, ONE)
+    known_first = finding_loss(logits, torch.tensor([[1.0, -100.0]]))
     assert known_first.item() == pytest.approx(math.log1p(math.exp(-1)) / 4)
-    both = prompt_loss(image, prompts, ONE, torch.tensor([[1.0, 1.0]]))
+    both = finding_loss(logits, torch.tensor([[1.0, 1.0]]))
     assert both.item() == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(1))) / 2 / 4)
-    assert prompt_loss(image, prompts, ONE, torch.tensor([[-100.0, -100.0]])).item() == 0
+    assert finding_loss(logits, torch.tensor([[-100.0, -100.0]])).item() == 0
 
 
 def test_finding_loss_is_a_rank_part_and_a_balanced_sign_part():
@@ -98,9 +99,10 @@ def test_local_prompt_loss_takes_the_soft_maximum_over_the_patches():
     prompts = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     patches = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # margins 1 and -1
     logit = math.log((math.e + 1 / math.e) / 2)
-    loss = local_prompt_loss(patches, prompts, ONE, torch.tensor([[1.0]]))
+    logits = local_prompt_logits(patches, prompts, ONE)
+    loss = finding_loss(logits, torch.tensor([[1.0]]))
     assert loss.item() == pytest.approx(math.log1p(math.exp(-logit)) / 4)
-    assert local_prompt_loss(patches, prompts, ONE, torch.tensor([[-100.0]])).item() == 0
+    assert finding_loss(logits, torch.tensor([[-100.0]])).item() == 0
 
 
 def test_masked_patch_loss_counts_only_hidden_patches():

@@ -14,10 +14,12 @@ import sys
 from pathlib import Path
 
 import transformers
+from MMCLIP.modeling_mmclip import MMCLIPModel
 from run_pretrain import save_run_config
 
 from MMCLIP.evaluation import report
-from MMCLIP.training.classification import load_classifier, load_processor, read_labelled_rows
+from MMCLIP.evaluation.checkpoints import load_whole
+from MMCLIP.training.classification import load_processor, read_labelled_rows
 from MMCLIP.training.classification_arguments import parse_classification_config
 from MMCLIP.training.classification_runs import describe_data, run_all, summary_table, write_report
 
@@ -43,7 +45,7 @@ def main(words: list[str] | None = None):
 
     # cheap checks first: a wrong checkpoint must not wait for the phantoms to be drawn
     processor = load_processor(arguments.model_name_or_path)
-    load_classifier(arguments.model_name_or_path, arguments.labels or ["any"], arguments.task)
+    load_whole(MMCLIPModel, arguments.model_name_or_path)
     with training_arguments.main_process_first(desc="preparing rows"):
         labelled = read_labelled_rows(arguments, data)
     counts = ", ".join(f"{len(rows)} {role} rows" for role, rows in labelled.rows.items())

@@ -11,6 +11,7 @@ from conftest import save_tiny
 from transformers import AutoModelForImageClassification, AutoProcessor
 
 from MMCLIP.data.phantom import phantom_dataset
+from MMCLIP.training.classification import load_classifier
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -134,8 +135,6 @@ def test_a_trained_classifier_loads_with_auto_classes_and_gives_its_predictions(
 
 def test_adapters_are_kept_so_that_peft_loads_them_onto_the_checkpoint(run, tmp_path, checkpoint):
     peft = pytest.importorskip("peft")
-    from MMCLIP.training.classification import load_classifier
-
     run(tmp_path, *TRAINED, "--method", "lora", "--eval_strategy", "no", validation=0)
     folder = tmp_path / "fraction_1_seed_0"
     model = load_classifier(str(checkpoint), LABELS, "multi-label")
@@ -182,3 +181,10 @@ def test_mistakes_are_told_before_anything_is_fitted(run, tmp_path):
     with pytest.raises(ValueError, match="needs validation rows"):
         run(tmp_path / "out", "--early_stopping_patience", 1, validation=0)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_a_classifier_is_no_start_as_it_has_no_text_tower(run, tmp_path, checkpoint):
+    load_classifier(str(checkpoint), LABELS, "multi-label").save_pretrained(tmp_path / "classifier")
+    AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True).save_pretrained(tmp_path / "classifier")
+    with pytest.raises(ValueError, match=r"classifier: \d+ weights are missing .*fine-tuned classifier"):
+        run(tmp_path / "out", "--method", "probe", "--model_name_or_path", tmp_path / "classifier")

@@ -7,6 +7,9 @@ from conftest import save_tiny, tiny_config
 from MMCLIP.modeling_mmclip import MMCLIPModel
 from PIL import Image
 
+from MMCLIP.evaluation.checkpoints import load_checkpoint
+from MMCLIP.training.classification import load_classifier
+
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = importlib.util.spec_from_file_location("run_evaluation", ROOT / "examples" / "run_evaluation.py")
@@ -80,6 +83,12 @@ def test_a_checkpoint_without_a_processor_is_an_error_that_says_so(home, tmp_pat
         run_evaluation.main(
             ["--model", str(tmp_path / "bare"), "--protocol", f"own={home / 'manifest.csv'}", "--output_dir", "o"]
         )
+
+
+def test_a_classifier_without_a_text_tower_is_an_error_that_names_the_missing_weights(home, tmp_path):
+    load_classifier(str(home / "model0"), ["edema"], "multi-label").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\d+ weights are missing or of another size, as logit_scale, text_.*classif"):
+        load_checkpoint(tmp_path, "cpu")
 
 
 def test_a_model_that_trained_on_images_of_the_protocol_is_told_in_the_report(home, tmp_path):

@@ -1,4 +1,4 @@
-"""Saved models for evaluation: is it one, and its model and processor."""
+"""Saved models for evaluation: is it one, is it whole, and its model and processor."""
 
 import os
 import re
@@ -23,7 +23,23 @@ def check_checkpoint(path: str | os.PathLike, option: str = "--model") -> None:
             )
 
 
+def load_whole(model_class, path: str | os.PathLike, **options):
+    """`model_class.from_pretrained(path)`; raises `ValueError` where the checkpoint lacks weights of it.
+
+    Those would be made up at random, and differently at each loading.
+    """
+    model, info = model_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    mismatched = [name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]]
+    if lacking := sorted({*info["missing_keys"], *mismatched}):
+        raise ValueError(
+            f"{path}: {len(lacking)} weights are missing or of another size, as {', '.join(lacking[:3])}. It is no "
+            "whole MMCLIP: a fine-tuned classifier, for example, has no text tower. Give a checkpoint of pretraining, "
+            "as run_pretrain.py saves it."
+        )
+    return model
+
+
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device):
     """(model, processor) of a checkpoint, on `device` and in eval mode. Runs the code that lies in it."""
-    model = AutoModel.from_pretrained(path, trust_remote_code=True).to(device).eval()
+    model = load_whole(AutoModel, path, trust_remote_code=True).to(device).eval()
     return model, AutoProcessor.from_pretrained(path, trust_remote_code=True)

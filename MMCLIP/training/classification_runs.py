@@ -17,6 +17,7 @@ import transformers
 
 from ..data.readers.overlaps import known_overlaps
 from ..evaluation import report
+from ..evaluation.checkpoints import load_whole
 from ..evaluation.controls import group_controls
 from ..evaluation.embeddings import EmbeddingCache, image_features, model_fingerprint
 from ..evaluation.linear_probe import (
@@ -67,7 +68,7 @@ def run_all(processor, labelled: LabelledRows, arguments: Arguments) -> dict:
     is fitted.
     """
     what, data, training = arguments
-    model = MMCLIPModel.from_pretrained(what.model_name_or_path)
+    model = load_whole(MMCLIPModel, what.model_name_or_path)
     overlaps = known_overlaps(model.config.training_sources or (), labelled.rows["test"].unique("source"))
     hashes = {"model_hash": model_fingerprint(model, processor), "data_hash": data_hash(labelled)}
     made_by = run_arguments(arguments) | hashes

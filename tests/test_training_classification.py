@@ -14,6 +14,7 @@ from PIL import Image
 
 from MMCLIP.data.manifest import make_row, rows_to_dataset
 from MMCLIP.evaluation.linear_probe import run_metrics
+from MMCLIP.training import classification
 from MMCLIP.training.classification import (
     ClassificationDataset,
     LabelledRows,
@@ -261,6 +262,29 @@ def test_a_label_that_is_stated_one_way_only_is_left_out_and_named(tmp_path, par
 def test_rows_that_cannot_be_learned_from_are_refused_before_a_model_is_loaded(tmp_path, parse, rows, words, message):
     what, data, _ = parse(*words, data=of_table(write_table(tmp_path, rows)))
     with pytest.raises(ValueError, match=message):
+        read_labelled_rows(what, data)
+
+
+@pytest.mark.parametrize(("first", "second"), [("train", "test"), ("train", "validation"), ("validation", "test")])
+@pytest.mark.parametrize("shared", ["patient", "picture", "row"])
+def test_a_patient_a_picture_or_a_row_in_two_roles_is_an_error(parse, tmp_path, monkeypatch, first, second, shared):
+    parts = {}
+    for start, role in enumerate(("train", "validation", "test")):
+        rows = make_dataset(4, role, 10 * start)
+        # as from tables without a column `split`: all of one, so that it keeps nobody apart
+        rows = rows.remove_columns("split").add_column("split", ["x"] * 4, feature=rows.features["split"])
+        parts[role] = rows.add_column("pixel_hash", [f"{role}{number}" for number in range(3)] + [""])
+    column = {"patient": "patient_id", "picture": "pixel_hash", "row": "row_id"}[shared]
+    values = [*parts[first][column][:2], *parts[second][column][2:]]
+    feature = parts[second].features[column]
+    parts[second] = parts[second].remove_columns(column).add_column(column, values, feature=feature)
+    monkeypatch.setattr(classification, "read_manifest", lambda path, *_, **__: parts[Path(path).name])
+    for role in parts:
+        (tmp_path / role).mkdir()
+    words = [word for role in parts for word in (f"--{role}_manifest", tmp_path / role)]
+    what, data, _ = parse("--method", "probe", data=words)
+    told = f"2 {shared}s of the {second} rows are among the {first} rows too, the first in row '{second}"
+    with pytest.raises(ValueError, match=told if shared != "row" else "twice"):
         read_labelled_rows(what, data)
 
 

@@ -1,7 +1,8 @@
 """Fine-tuning the vision tower for classification: rows, data set, layer-wise learning rates, LoRA and the Trainer."""
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import datasets
@@ -16,6 +17,7 @@ from ..data.dataset import AUGMENTATION_STREAM, sample_generator
 from ..data.manifest import check_rows
 from ..data.phantom import phantom_dataset
 from ..data.prepared import concatenate_rows, read_manifest
+from ..data.readers.overlaps import known_overlaps
 from ..evaluation.checkpoints import check_checkpoint
 from ..evaluation.embeddings import ImageDataset
 from ..evaluation.linear_probe import nested_subset, run_metrics
@@ -23,7 +25,7 @@ from ..evaluation.protocols import class_targets
 from ..evaluation.zero_shot import label_matrix, patient_names, scored_rows
 from ..modeling_mmclip import MMCLIPForImageClassification
 from ..processing_mmclip import MMCLIPProcessor
-from .building import _check_overlap, build_augmentation
+from .building import build_augmentation
 from .classification_arguments import ClassificationArguments, ClassificationDataArguments
 from .trainer import _SetEpoch
 
@@ -56,8 +58,9 @@ class LabelledRows(NamedTuple):
 def read_labelled_rows(arguments: ClassificationArguments, data: ClassificationDataArguments) -> LabelledRows:
     """Read all rows, with every check that can be made before a model is loaded.
 
-    Raises `ValueError` for a patient or a picture in two splits, for labels that training rows do not state both ways,
-    for a fraction and seed that draw nothing to learn from, and for validation rows on which no label can be scored.
+    Raises `ValueError` for a row, a patient or a picture in two roles, for labels that training rows do not state both
+    ways, for a fraction and seed that draw nothing to learn from, and for validation rows on which no label can be
+    scored.
     """
     found = {}
     for role, manifests, split, number, phantom_split in (
@@ -72,8 +75,7 @@ def read_labelled_rows(arguments: ClassificationArguments, data: ClassificationD
         if parts:
             found[role] = concatenate_rows(parts)
     check_rows(*found.values())
-    for role in found.keys() - {"train"}:
-        _check_overlap(found["train"], found[role])
+    _check_apart(found)
 
     rows, targets = {}, {}
     labels, left_out = arguments.labels or None, []
@@ -116,6 +118,33 @@ def read_labelled_rows(arguments: ClassificationArguments, data: ClassificationD
             "needs an image with and one without. Add rows."
         )
     return LabelledRows(rows, targets, patients, labels, left_out)
+
+
+def _check_apart(found: Mapping[str, datasets.Dataset]) -> None:
+    """Raises ValueError for a patient or a picture in two roles, whatever their `split` is; "" is none.
+
+    Warns of sets known to share pictures with those trained on.
+    """
+    for first, second in itertools.combinations(found, 2):
+        for what, hint, names in (
+            ("patients", "Split by patient, not by image.", patient_names),
+            ("pictures", "Prepare both sets in one run, with --duplicates drop.", _pixel_hashes),
+        ):
+            seen, there = set(names(found[first])) - {""}, names(found[second])
+            shared = [index for index, name in enumerate(there) if name in seen]
+            if shared:
+                raise ValueError(
+                    f"{len({there[index] for index in shared})} {what} of the {second} rows are among the {first} rows "
+                    f"too, the first in row {found[second][shared[0]]['row_id']!r}. {hint}"
+                )
+    for role in found.keys() - {"train"}:
+        for sentence in known_overlaps(found["train"].unique("source"), found[role].unique("source")):
+            logger.warning(sentence)
+
+
+def _pixel_hashes(rows: datasets.Dataset) -> list[str]:
+    """What preparation left; nothing for rows of a table."""
+    return list(rows["pixel_hash"]) if "pixel_hash" in rows.column_names else []
 
 
 def _learnable(targets: np.ndarray, labels: Sequence[str]) -> list[str]:

@@ -30,6 +30,14 @@ MEASURED = {
     "entities": {
         "entity_share", "label_share", "entities_per_report", "masked_share", "rate", "seconds", "tokenizer_ratio",
     },
+    "training_step": {
+        "contrastive_speedup", "full_ratio", "full_ratio_even", "naive_ratio", "samples_full", "samples_dual_encoder",
+        "memory_full_mb", "memory_naive_mb", "memory_full_checkpointing_mb", "flops_ratio",
+    },
+    "encoding": {
+        "images_speedup_1024", "images_speedup_256", "images_rate_1024", "preprocessing_speedup_256",
+        "image_tower_speedup", "preprocessing_share_1024", "texts_speedup", "texts_rate", "texts_rate_clip_77",
+    },
 }  # fmt: skip
 
 

@@ -197,13 +197,24 @@ def test_a_tie_goes_to_the_class_that_is_more_frequent_overall():
     assert class_control_results(test, *arguments, num_bootstrap=0)["view_only"]["accuracy"] == 1.0
 
 
-def test_classes_without_training_rows_are_learned_in_folds():
+def test_classes_without_training_rows_are_learned_from_the_test_rows_and_never_below_the_commonest_class():
     classes = np.random.default_rng(0).integers(3, size=90)
     rows = make_rows(*((str(number), "x") for number in classes))
     results = class_control_results(rows, classes, ["edema", "mass", "nodule"], [""] * 90, num_bootstrap=0)
     assert results["view_only"]["accuracy"] == 1.0 and results["view_only"]["accuracy_ci"] is None
     assert results["majority_class"]["accuracy"] == np.bincount(classes).max() / 90
-    assert results["majority_class"]["fitted_on"] == "test"
+    assert results["majority_class"]["fitted_on"] == results["view_only"]["fitted_on"] == "test"
+    even = np.repeat(np.arange(3), 30)  # a view that tells nothing, and classes as frequent as each other
+    rows = make_rows(*(("AP" if number % 2 else "PA", "x") for number in range(90)))
+    results = class_control_results(rows, even, ["edema", "mass", "nodule"], [""] * 90, num_bootstrap=0)
+    assert results["view_only"]["accuracy"] == pytest.approx(1 / 3)
+
+
+def test_one_patient_has_no_interval_of_an_accuracy():
+    rows = make_rows(("AP", "x"), ("PA", "x"))
+    results = class_control_results(rows, np.array([0, 1]), ["edema", "mass"], ["a", "a"], num_bootstrap=20)
+    assert results["view_only"]["accuracy"] == 1.0 and results["view_only"]["accuracy_ci"] is None
+    assert results["majority_class"]["accuracy"] == 0.5 and results["majority_class"]["accuracy_ci"] is None
 
 
 # --------------------------------------------------------------------------------------------------------- real samples

@@ -311,6 +311,10 @@ def test_a_summary_of_one_fit_has_the_interval_of_the_metrics_module_and_names_w
         assert found[key] == pytest.approx(expected[key])
     assert found["per_class"]["a"]["auroc_ci"] == pytest.approx(expected["per_class"]["a"]["auroc_ci"])
     assert found["skipped"] == ["c"] and found["macro_auroc_sd"] is None
+    targets[4:, 0], targets[:4, 0] = UNKNOWN, [0, 1, 0, 1]
+    alone = seeds_summary(targets, [margins], ["a", "b", "c"], ["x"] * 4 + [""] * (len(targets) - 4), num_bootstrap=20)
+    assert alone["per_class"]["a"]["auroc"] is not None and alone["per_class"]["a"]["auroc_ci"] is None
+    assert alone["per_class"]["b"]["auroc_ci"] and alone["macro_auroc_ci"]
     nothing = seeds_summary(np.zeros_like(targets), [margins], ["a", "b", "c"], num_bootstrap=10)
     assert nothing["macro_auroc"] is None and nothing["skipped"] == ["a", "b", "c"]
 

@@ -387,6 +387,17 @@ def test_a_class_that_is_known_in_one_patient_alone_has_no_interval_of_its_own()
     assert result["per_class"]["mass"]["auroc_ci"] is None
     assert result["per_class"]["mass"]["interval_reason"] == "its known images are of one patient"
     assert result["per_class"]["edema"]["auroc_ci"] is not None
+    alone = classification_metrics(labels[:, 1:], scores[:, 1:], ["mass"], patients, 50)
+    assert alone["macro_auroc"] is not None and alone["macro_auroc_ci"] is None
+
+
+def test_a_class_whose_images_are_of_one_patient_has_no_interval_of_its_own():
+    classes, scores = _class_problem()
+    patients = ["x" if number == 0 else "" for number in classes]
+    result = multiclass_metrics(classes, scores, ["a", "b", "c"], patients, 50)
+    assert result["per_class"]["a"]["recall"] is not None and result["per_class"]["a"]["recall_ci"] is None
+    assert result["per_class"]["a"]["interval_reason"] == "its images are of one patient"
+    assert result["per_class"]["b"]["recall_ci"] is not None and "interval_reason" not in result["per_class"]["b"]
 
 
 def test_where_every_label_is_unknown_all_classes_are_skipped():

@@ -187,6 +187,18 @@ def test_one_patient_gives_no_interval_and_says_why():
     assert len(intervals) > 10 and set(intervals.values()) == {None}
 
 
+def test_a_finding_of_one_patient_among_several_has_no_interval():
+    targets = np.array([[1, 1], [0, 0], [UNKNOWN, 1], [UNKNOWN, 0]])
+    shown = (*made(reads_no), images(0, 90, 0, 90))
+    result, _ = evaluate_negation(*shown, targets, ["mass", "edema"], ["p", "p", "q", "r"])
+    mass, edema = result["per_finding"]["mass"], result["per_finding"]["edema"]
+    assert {value for key, value in mass.items() if key.endswith("_ci")} == {None}
+    assert edema["accuracy_ci"] == result["macro_accuracy_ci"] == [1.0, 1.0]
+    targets[3, 1] = UNKNOWN  # the one film without edema is of p
+    edema = evaluate_negation(*shown, targets, ["mass", "edema"], ["p", "p", "q", "r"])[0]["per_finding"]["edema"]
+    assert edema["accuracy_negative_ci"] is None and edema["accuracy_positive_ci"] == [1.0, 1.0]
+
+
 def test_nothing_to_deny_and_nothing_of_both_values_are_errors():
     with pytest.raises(ValueError, match=r"must name a finding, but is \['no finding'\]"):
         evaluate_negation(*made(reads_no), images(0, 90), column(1, 0), ["no finding"])

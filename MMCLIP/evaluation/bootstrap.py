@@ -193,17 +193,17 @@ def compare_models(
         for scores, given in zip((scores_a, scores_b), thresholds, strict=True)
     ]
     point, draws = _paired(statistics, patients, num_bootstrap, seed)
+    # images of one patient are drawn together, so their draws are all alike
+    several = np.array([len(np.unique(patients[labels[:, column] != UNKNOWN])) > 1 for column in both])
     macro = {}
     for key, values in point.items():
         kept = ~np.isnan(values)
         if kept.any():
-            mean = draws[key][kept].mean(axis=0) if draws else None
+            mean = draws[key][kept].mean(axis=0) if draws and several[kept].any() else None
             macro[f"macro_{key}"] = _difference(values[kept].mean(), mean, num_bootstrap)
     for number, column in enumerate(both):
-        # images of one patient are drawn together, so their draws are all alike
-        several = len(np.unique(patients[labels[:, column] != UNKNOWN])) > 1
         result["per_class"][names[column]] = {
-            key: _difference(values[number], draws[key][number] if draws and several else None, num_bootstrap)
+            key: _difference(values[number], draws[key][number] if draws and several[number] else None, num_bootstrap)
             for key, values in point.items()
             if not np.isnan(values[number])
         }

@@ -11,8 +11,8 @@ import datasets
 import numpy as np
 
 from ..data.readers.tables import hashed_share
-from .bootstrap import patient_numbers
-from .metrics import UNKNOWN, auroc, classification_metrics, percentile_interval, resample_patients
+from .bootstrap import mean_with_interval, patient_numbers
+from .metrics import UNKNOWN, auroc, classification_metrics
 
 
 CONTROLS = {"view_only": ("view",), "source_only": ("source",), "view_and_source": ("view", "source")}
@@ -143,10 +143,14 @@ def control_results(
     results = {}
     for control, columns in CONTROLS.items():
         result, groups, train_groups = _described(test_rows, columns, train_rows)
+        result["fitted_on"] = "train" if train_rows is not None else f"test, {NUM_FOLDS} folds of patients"
         results[control] = result = {"macro_auroc": None, "macro_auroc_ci": None, "per_class": {}, **result}
         if "reason" in result:
             continue
-        scores = _fitted(groups, targets, _folds(test_rows, patient_ids), train_groups, train_targets, centred=True)
+        if train_groups is None:
+            scores = _fitted_in_folds(groups, targets, _folds(test_rows, patient_ids))
+        else:
+            scores = group_scores(train_groups, train_targets, groups)
         metrics = classification_metrics(targets, scores, names, patient_ids, num_bootstrap, seed)
         result.update({key: metrics[key] for key in ("macro_auroc", "macro_auroc_ci", "num_skipped")})
         result["per_class"] = {
@@ -171,7 +175,8 @@ def class_control_results(
 
     The class that is most frequent in the group of an image is predicted; a tie goes to the class that is more frequent
     overall. Each control has `accuracy` and `accuracy_ci`. `majority_class` predicts the one `class` that is most
-    frequent in the training images (without them, in the test images) for all.
+    frequent in the training images for all. Without training rows all are learned from the test images themselves, so
+    that they are rather too high than too low: folds of equally frequent classes would predict what they lack.
     """
     classes = np.asarray(classes)
     one_hot = np.eye(len(names), dtype=np.int64)
@@ -184,10 +189,10 @@ def class_control_results(
     results = {"majority_class": {**accuracy, "class": names[largest], "fitted_on": fitted_on}}
     for control, columns in CONTROLS.items():
         result, groups, train_groups = _described(test_rows, columns, train_rows)
-        results[control] = result = {"accuracy": None, "accuracy_ci": None, **result}
+        results[control] = result = {"accuracy": None, "accuracy_ci": None, **result, "fitted_on": fitted_on}
         if "reason" not in result:
-            folds = _folds(test_rows, patient_ids)
-            shares = _fitted(groups, one_hot[classes], folds, train_groups, train_targets, centred=False)
+            learned_from = (groups, one_hot[classes]) if train_groups is None else (train_groups, train_targets)
+            shares = group_scores(*learned_from, groups)
             result.update(_accuracy(shares.argmax(axis=1) == classes, patient_ids, num_bootstrap, seed))
     return results
 
@@ -213,7 +218,6 @@ def _described(test_rows, columns, train_rows) -> tuple[dict, list[tuple], list[
     groups = _groups(test_rows, columns)
     train_groups = None if train_rows is None else _groups(train_rows, columns)
     result = {
-        "fitted_on": f"test, {NUM_FOLDS} folds of patients" if train_groups is None else "train",
         "num_groups": len(set(groups)),
         "num_unseen": 0 if train_groups is None else sum(group not in set(train_groups) for group in groups),
     }
@@ -229,24 +233,17 @@ def _folds(rows: datasets.Dataset, patient_ids: Sequence[str]) -> np.ndarray:
     return np.array([int(NUM_FOLDS * hashed_share("controls", name)) for name in names])
 
 
-def _fitted(groups, targets, folds, train_groups, train_targets, *, centred: bool) -> np.ndarray:
-    if train_groups is not None:
-        return group_scores(train_groups, train_targets, groups)
+def _fitted_in_folds(groups, targets, folds) -> np.ndarray:
     scores = np.empty(targets.shape)
     for fold in np.unique(folds):
         inside, others = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
         others_groups = [groups[row] for row in others]
-        scores[inside] = group_scores(others_groups, targets[others], [groups[row] for row in inside])
-        if centred:
-            nobody = [None]  # a group that nobody is in has the overall share
-            scores[inside] -= group_scores(others_groups, targets[others], nobody)
+        nobody = [None]  # a group that nobody is in has the overall share
+        overall = group_scores(others_groups, targets[others], nobody)
+        scores[inside] = group_scores(others_groups, targets[others], [groups[row] for row in inside]) - overall
     return scores
 
 
 def _accuracy(is_right: np.ndarray, patient_ids: Sequence[str], num_bootstrap: int, seed: int) -> dict:
-    draws = [
-        (weights * is_right).sum(axis=1) / weights.sum(axis=1)
-        for weights in resample_patients(patient_ids, len(is_right), num_bootstrap, seed)
-    ]
-    interval = percentile_interval(np.concatenate(draws), num_bootstrap) if draws else None
-    return {"accuracy": float(is_right.mean()), "accuracy_ci": interval}
+    mean, interval = mean_with_interval(is_right, patient_ids, num_bootstrap, seed)
+    return {"accuracy": mean, "accuracy_ci": interval}

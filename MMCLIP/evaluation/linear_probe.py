@@ -428,15 +428,17 @@ def seeds_summary(
     `margins` are (n, F) each. Returns `macro_<metric>` (with classes `accuracy`, `balanced_accuracy`, `macro_f1`,
     `mcc`), `<metric>_sd` over the fits (None of one) and `<metric>_ci`, and the same of each label under `per_class`.
     An interval draws test patients, the same for every fit, and takes the mean over fits in each draw: it tells what
-    other test patients would change, and the deviation what other training patients and seeds would. Labels with one
-    value among the test rows are under `skipped`. `shuffled_labels` is the [`shuffled_control`] of the first fit; with
-    classes there is none, and the commonest class is the control.
+    other test patients would change, and the deviation what other training patients and seeds would. It is None where
+    the known images are of one patient. Labels with one value among the test rows are under `skipped`.
+    `shuffled_labels` is the [`shuffled_control`] of the first fit; with classes there is none, and the commonest class
+    is the control.
     """
     targets, is_multi_class = np.asarray(targets), np.ndim(targets) == 1
     patients = patient_numbers(patient_ids, len(targets))
     kept = list(range(len(labels)))
     if not is_multi_class:
         kept = [c for c in kept if {0, 1} <= set(np.unique(targets[:, c]).tolist())]
+        several = np.array([len(np.unique(patients[targets[:, c] != UNKNOWN])) > 1 for c in kept])
     scored, thresholds = [labels[column] for column in kept], thresholds or [None] * len(margins)
     fits = []
     for part, chosen in zip(margins, thresholds, strict=True):
@@ -465,10 +467,9 @@ def seeds_summary(
 
     def described(name: str, values: np.ndarray, drawn: np.ndarray | None) -> dict:
         value = number_or_none(values.mean())
-        several = len(values) > 1 and value is not None
         return {
             name: value,
-            f"{name}_sd": float(values.std(ddof=1)) if several else None,
+            f"{name}_sd": float(values.std(ddof=1)) if len(values) > 1 and value is not None else None,
             f"{name}_ci": None if drawn is None or value is None else percentile_interval(drawn, num_bootstrap),
         }
 
@@ -484,9 +485,10 @@ def seeds_summary(
             continue
         known = ~np.isnan(values).any(axis=0)  # (F,), without labels that have no threshold
         for number in np.flatnonzero(known):
-            per_class[scored[number]] |= described(key, values[:, number], None if drawn is None else drawn[number])
+            has_draws = drawn is not None and several[number]
+            per_class[scored[number]] |= described(key, values[:, number], drawn[number] if has_draws else None)
         if known.any():
-            drawn = None if drawn is None else drawn[known].mean(axis=0)
+            drawn = drawn[known].mean(axis=0) if drawn is not None and several[known].any() else None
             result |= described(f"macro_{key}", values[:, known].mean(axis=1), drawn)
     skipped = [name for number, name in enumerate(labels) if number not in kept]
     if not is_multi_class:

@@ -251,7 +251,7 @@ def _add_intervals(result: dict, draws: dict[str, np.ndarray], several: Sequence
                 of_class[number][f"{key}_ci"] = percentile_interval(values[number], num_bootstrap)
             else:
                 of_class[number]["interval_reason"] = "its known images are of one patient"
-        if kept:  # NaN where any class lacks the metric, and such a draw is left out
+        if any(several[number] for number in kept):  # NaN where a class lacks the metric, such a draw is left out
             result[f"macro_{key}_ci"] = percentile_interval(values[kept].mean(axis=0), num_bootstrap)
     result["num_bootstrap_macro"] = int((~np.isnan(draws["auroc"].mean(axis=0))).sum())
 
@@ -271,7 +271,8 @@ def multiclass_metrics(
     with images or predictions), `mcc` and `macro_auroc` (one class against the rest, of the scores as they are, over
     classes with images), each with `<metric>_ci`; `confusion` (K lists of K counts, true class first), `per_class` with
     `recall`, `precision`, `f1`, `auroc`, their intervals and `num_images`, and `absent_classes`, names without an
-    image. Undefined values are None. Intervals and errors are as in [`classification_metrics`].
+    image. Undefined values are None. Intervals and errors are as in [`classification_metrics`]; a class whose images
+    are of one patient has none, and `interval_reason`.
     """
     classes, scores = check_class_scores(classes, scores, names, patient_ids)
     patients = patient_numbers(patient_ids, len(classes))
@@ -282,9 +283,9 @@ def multiclass_metrics(
     if reason is None:
         draws = bootstrap_draws(statistics, statistics.num_patients, num_bootstrap, seed, len(classes))
 
-    def described(name: str, key: str, index: tuple = ()) -> dict:
+    def described(name: str, key: str, index: tuple = (), several: bool = True) -> dict:
         value, interval = number_or_none(point[key][index]), None
-        if draws and value is not None:
+        if draws and several and value is not None:
             interval = percentile_interval(draws[key][index], num_bootstrap)
         return {name: value, f"{name}_ci": interval}
 
@@ -294,8 +295,11 @@ def multiclass_metrics(
     counts = np.bincount(classes, minlength=len(names))
     per_class = {name: {"num_images": int(count)} for name, count in zip(names, counts, strict=True)}
     for number, values in enumerate(per_class.values()):
+        several = len(np.unique(patients[classes == number])) != 1
         for key in ("recall", "precision", "f1", "auroc"):
-            values |= described(key, f"class_{key}", (number,))
+            values |= described(key, f"class_{key}", (number,), several)
+        if draws and not several:
+            values["interval_reason"] = "its images are of one patient"
     return {
         **result,
         "confusion": statistics.confusion(weights)[..., 0].astype(int).tolist(),

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..data.dataset import known_sides
 from ..text.prompts import attribute_nouns, fill_template, has_side, negative_prompts, positive_prompts
 from ..text.vocabulary import NO_FINDING
-from .bootstrap import count_patients
+from .bootstrap import count_patients, patient_numbers
 from .embeddings import EmbeddingCache, text_features
 from .grounding import image_size
 from .metrics import UNKNOWN, classification_metrics, percentile_interval, resample_patients
@@ -75,9 +75,9 @@ def evaluate_negation(
 
     `image_embeds` (n, D) are L2-normalised, `targets` (n, F) hold 1 present, 0 absent, -100 unknown. "no finding" is
     left out, so that columns are those of `labels` in the result. Beside each number stands its 95 % bootstrap interval
-    over patients, None for a single patient; the texts are under `prompts` of each finding. A finding without images of
-    both values is skipped and listed. Raises `ValueError` where every one is, for shapes that disagree, and for
-    embeddings that are not finite.
+    over patients, None where the images behind it are of a single one; the texts are under `prompts` of each finding. A
+    finding without images of both values is skipped and listed. Raises `ValueError` where every one is, for shapes that
+    disagree, and for embeddings that are not finite.
     """
     targets, every = np.asarray(targets), list(labels)
     if targets.ndim != 2 or targets.shape != (len(image_embeds), len(every)):
@@ -219,6 +219,10 @@ def _pair_metrics(
         blocks = resample_patients(patient_ids, len(targets), num_bootstrap, seed)
         draws += [_accuracies(weights, right, known) for weights in blocks]
     draws = np.concatenate(draws)  # (R, 4, F)
+    # images of one patient are drawn together, so their draws are all alike and no interval
+    patients, either = patient_numbers(patient_ids, len(targets)), known.any(axis=0)
+    alike = np.array([[len(np.unique(patients[c])) < 2 for c in images.T] for images in (either, *known, either)])
+    of_finding, of_mean = np.where(alike, np.nan, draws), np.where(alike.all(axis=1), np.nan, draws.mean(axis=2))
 
     def described(prefix: str, means: np.ndarray, draws: np.ndarray, curves: dict) -> dict:
         result = {}
@@ -231,12 +235,12 @@ def _pair_metrics(
 
     per_finding = {}
     for number, name in enumerate(names):
-        per_finding[name] = described("", means[:, number], draws[..., number], curves["per_class"][name])
+        per_finding[name] = described("", means[:, number], of_finding[..., number], curves["per_class"][name])
         for value, mask in zip(values, known, strict=True):
             per_finding[name][f"num_{value}"] = int(mask[:, number].sum())
         per_finding[name]["prompts"] = list(prompts[name])
     return {
-        **described("macro_", means.mean(axis=1), draws.mean(axis=2), curves),
+        **described("macro_", means.mean(axis=1), of_mean, curves),
         "chance": 0.5,
         "per_finding": per_finding,
         "labels": list(labels),

@@ -52,10 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
     check_checkpoint(args.model)
     prompts = prompt_set(args.prompts)  # before the long part, as is the next
     train, log_history = report.read_train_results(args.model, args.train_results)
+    sources = tuple(filter(None, args.fully_labelled.split(",")))
     if args.manifest:
         from MMCLIP.data.prepared import read_manifest
 
-        sources = tuple(filter(None, args.fully_labelled.split(",")))
         rows = read_manifest(args.manifest, args.split, drop_unlabelled=True, fully_labelled=sources)
         data = f"{args.manifest}, split {args.split or 'all'}, {len(rows)} rows"
     else:
@@ -72,6 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows,
         labels=args.labels.split(",") if args.labels else None,
         unlisted_is_absent=args.unlisted_is_absent,
+        fully_labelled=sources,
         prompts=prompts,
         progress="zero-shot",
         **shared,

@@ -72,6 +72,20 @@ def test_the_markdown_says_why_a_mean_has_no_interval(tmp_path, results):
     results["zero_shot"] |= {"macro_auroc_ci": None, "num_bootstrap_macro": 3}
     text = report.write_markdown(tmp_path, results).read_text()
     assert "no interval" in text and "in only 3 of 50 draws" in text
+    results["zero_shot"]["interval_reason"] = "all images are of one patient"
+    text = report.write_markdown(tmp_path, results).read_text()
+    assert "There are no intervals: all images are of one patient." in text and "in only" not in text
+
+
+def test_the_roc_curve_is_straight_between_points_so_that_its_area_is_the_auroc(tmp_path, predictions, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    tied = predictions._replace(targets=np.array([[1, 1], [0, 1], [0, 1]]), margins=np.zeros((3, 2)))
+    figures.plot_roc({"a": tied}, tmp_path)
+    figures.plot_precision_recall({"a": tied}, tmp_path)
+    roc, precision_recall = (figure.axes[0].lines[-1] for figure in drawn)
+    assert roc.get_xydata().tolist() == [[0, 0], [1, 1]] and roc.get_drawstyle() == "default"
+    assert precision_recall.get_drawstyle() == "steps-post"
 
 
 def test_the_markdown_shows_sources_grounding_and_training_where_measured(tmp_path, results):
@@ -102,6 +116,10 @@ def test_predictions_are_written_with_full_precision_and_unknown_targets_empty(t
     assert [row["row_id"] for row in rows] == ["a", "b", "c"]
     assert [row["target:mass"] for row in rows] == ["1", "", "1"]
     assert float(rows[0]["score:edema"]) == pytest.approx(1 / (1 + math.exp(-2)), abs=1e-12)
+    both = predictions._replace(margins=np.array([[50.0, 0.0], [51.0, 0.0], [0.1, 0.0]]), temperature=2.0)
+    with report.write_predictions(tmp_path, both).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["margin:edema"]) for row in rows] == [50.0, 51.0, 0.1]  # whose scores are equal
 
 
 def test_train_results_and_history_are_found_beside_the_checkpoint(tmp_path):
@@ -183,7 +201,8 @@ def test_the_script_evaluates_a_split_of_a_manifest(tmp_path, checkpoint, run_ze
     run_zero_shot(*shared, "--labels", "effusion", "--fully_labelled", "a", "--output_dir", tmp_path / "one")
     metrics = json.loads((tmp_path / "one" / "metrics.json").read_text())
     assert list(metrics["zero_shot"]["per_class"]) == ["pleural effusion"]
-    assert metrics["zero_shot"]["num_images"] == 6 and metrics["zero_shot"]["num_unlisted_is_absent"] == 0
+    assert metrics["zero_shot"]["num_images"] == 6 and metrics["zero_shot"]["num_unlisted_is_absent"] == 6
+    assert metrics["zero_shot"]["fully_labelled"] == ["a"]
     one = ("--labels", "effusion", "--output_dir", tmp_path / "mine")
     (tmp_path / "mine.yaml").write_text("pooling: max_score\nlabels: {effusion: {positive: [Fluid., Wet.]}}\n")
     run_zero_shot(*shared, *one, "--prompts", tmp_path / "mine.yaml")

@@ -13,10 +13,12 @@ from torch import nn
 from transformers import BatchFeature
 
 from MMCLIP.data.manifest import make_row, rows_to_dataset
+from MMCLIP.data.readers.tables import completed_absent
 from MMCLIP.evaluation.metrics import UNKNOWN
 from MMCLIP.evaluation.zero_shot import (
     check_scorable,
     evaluate_zero_shot,
+    evaluate_zero_shot_classes,
     label_matrix,
     prompt_margins,
     zero_shot_scores,
@@ -243,6 +245,17 @@ def test_a_fully_labelled_source_makes_absent_only_what_it_uses():
     assert targets.tolist() == [[UNKNOWN, 0, 1], [UNKNOWN, 1, 0], [1, 0, 0]]
 
 
+def test_a_fully_labelled_row_is_completed_only_where_it_lists_a_label_as_the_reader_does():
+    rows = make_rows(
+        {"source": "nih", "present": ["mass"]},
+        {"source": "nih", "uncertain": ["edema"]},
+        {"source": "nih", "absent": ["edema"]},
+    )
+    targets, num_completed = label_matrix(rows, ["edema", "mass"], fully_labelled=["nih"])
+    assert targets.tolist() == [[UNKNOWN, 1], [UNKNOWN, UNKNOWN], [0, 0]] and num_completed == 2
+    assert [completed_absent(row, {"nih": {"mass"}}) for row in rows] == [[], [], ["edema", "mass"]]
+
+
 def test_a_narrower_label_makes_the_broader_one_present_unless_the_row_denies_it():
     rows = make_rows({"present": ["covid-19"]}, {"present": ["covid-19"], "absent": ["pneumonia"]})
     assert label_matrix(rows, ["pneumonia"])[0].tolist() == [[1], [0]]
@@ -279,6 +292,18 @@ def test_sources_are_also_scored_apart_and_their_patients_kept_apart():
     assert zero_shot["by_source"]["a"]["per_class"]["edema"]["auroc"] == 0.0
     assert zero_shot["by_source"]["b"]["macro_auroc"] is None and zero_shot["by_source"]["b"]["num_skipped"] == 1
     assert zero_shot["num_patients"] == 3
+
+
+def test_the_accuracy_of_classes_is_told_within_each_source(real):
+    rows = make_rows({"source": "a"}, {"source": "a"}, {"source": "b"})
+    predictions = evaluate_zero_shot_classes(*real, rows, np.array([0, 0, 0]), ["edema", "mass"], num_bootstrap=0)[1]
+    predicted = predictions.logits.argmax(axis=1)
+    classes = np.array([predicted[0], 1 - predicted[1], predicted[2]])
+    results, _ = evaluate_zero_shot_classes(*real, rows, classes, ["edema", "mass"], num_bootstrap=0)
+    assert results["zero_shot"]["by_source"] == {
+        "a": {"accuracy": 0.5, "num_images": 2},
+        "b": {"accuracy": 1.0, "num_images": 1},
+    }
 
 
 def test_labels_may_be_spelt_as_the_data_sets_spell_them():

@@ -176,7 +176,7 @@ def class_control_results(
     The class that is most frequent in the group of an image is predicted; a tie goes to the class that is more frequent
     overall. Each control has `accuracy` and `accuracy_ci`. `majority_class` predicts the one `class` that is most
     frequent in the training images for all. Without training rows all are learned from the test images themselves, so
-    that they are rather too high than too low: folds of equally frequent classes would predict what they lack.
+    that they are some hundredths too high; in folds they would be too low, as a class left out is the rarer one there.
     """
     classes = np.asarray(classes)
     one_hot = np.eye(len(names), dtype=np.int64)

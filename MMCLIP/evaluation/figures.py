@@ -34,7 +34,9 @@ def _subplots(rows: int, columns: int, width: float, height: float):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _curve_figure(models: Mapping[str, ZeroShotPredictions], path, num_columns: int, curve, area, axes_names) -> Path:
+def _curve_figure(
+    models: Mapping[str, ZeroShotPredictions], path, num_columns: int, curve, area, axes_names, drawstyle: str
+) -> Path:
     """A panel for each label that has both kinds of image, with one curve and its area for each model."""
     first = next(iter(models.values()))
     panels = []
@@ -55,7 +57,7 @@ def _curve_figure(models: Mapping[str, ZeroShotPredictions], path, num_columns: 
         areas = []
         for number, predictions in enumerate(models.values()):
             margins = predictions.margins[known, column]
-            axis.step(*curve(targets, margins), color=_colour(number), linewidth=1.4, where="post")
+            axis.plot(*curve(targets, margins), color=_colour(number), linewidth=1.4, drawstyle=drawstyle)
             areas.append(f"{area(targets, margins):.3f}")
         axis.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
         axis.set_title(f"{label}\n{'  '.join(areas)}", fontsize=9)
@@ -80,7 +82,9 @@ def plot_roc(models: Mapping[str, ZeroShotPredictions], path: str | Path, num_co
     def curve(targets, margins):
         return roc_curve(targets, margins)[:2]
 
-    return _curve_figure(models, path, num_columns, curve, auroc, ("false positive rate", "true positive rate"))
+    names = ("false positive rate", "true positive rate")
+    # straight between the points, as the AUROC counts ties one half
+    return _curve_figure(models, path, num_columns, curve, auroc, names, "default")
 
 
 def plot_precision_recall(models: Mapping[str, ZeroShotPredictions], path: str | Path, num_columns: int = 4) -> Path:
@@ -91,7 +95,7 @@ def plot_precision_recall(models: Mapping[str, ZeroShotPredictions], path: str |
         precision, recall, _ = precision_recall_curve(targets, margins)
         return recall, precision
 
-    return _curve_figure(models, path, num_columns, curve, average_precision, ("recall", "precision"))
+    return _curve_figure(models, path, num_columns, curve, average_precision, ("recall", "precision"), "steps-post")
 
 
 def plot_calibration(

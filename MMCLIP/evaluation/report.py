@@ -1,6 +1,7 @@
 """The files of a zero-shot evaluation: metrics.json, report.md and predictions.csv."""
 
 import csv
+import itertools
 import json
 import platform
 import shlex
@@ -74,16 +75,24 @@ def write_metrics(output_dir: str | Path, results: Mapping) -> Path:
 
 
 def write_predictions(output_dir: str | Path, predictions: ZeroShotPredictions) -> Path:
-    """Write P(present) of each label, `score:NAME`, and `target:NAME` (1, 0, empty = unknown) to predictions.csv."""
+    """Write P(present) of each label, `score:NAME`, `margin:NAME` and `target:NAME` to predictions.csv.
+
+    Metrics rank by margins, logits with full precision: many scores round to 0 or 1. A target is 1, 0 or empty,
+    unknown.
+    """
     path = Path(output_dir) / "predictions.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        columns = [f"{kind}:{label}" for label in predictions.labels for kind in ("score", "target")]
+        columns = [f"{kind}:{label}" for label in predictions.labels for kind in ("score", "margin", "target")]
         writer.writerow(["row_id", *columns])
-        for row_id, scores, targets in zip(predictions.row_ids, predictions.scores, predictions.targets, strict=True):
-            cells = [(repr(float(s)), "" if t == UNKNOWN else int(t)) for s, t in zip(scores, targets, strict=True)]
-            writer.writerow([row_id, *(cell for pair in cells for cell in pair)])
+        parts = (predictions.row_ids, predictions.scores, predictions.margins, predictions.targets)
+        for row_id, *values in zip(*parts, strict=True):
+            cells = [
+                (repr(float(score)), repr(float(margin)), "" if target == UNKNOWN else int(target))
+                for score, margin, target in zip(*values, strict=True)
+            ]
+            writer.writerow([row_id, *itertools.chain(*cells)])
     return path
 
 
@@ -182,7 +191,9 @@ def write_markdown(output_dir: str | Path, results: Mapping, figures: Sequence[P
     )
     if "prompts" in zero_shot:
         lines.append("\nPrompts: `{name}` ({source}), pooled by `{pooling}`.".format_map(zero_shot["prompts"]))
-    if zero_shot["macro_auroc_ci"] is None and zero_shot["per_class"] and zero_shot["num_bootstrap"]:
+    if zero_shot["interval_reason"]:
+        lines.append(f"\nThere are no intervals: {zero_shot['interval_reason']}.")
+    elif zero_shot["macro_auroc_ci"] is None and zero_shot["per_class"]:
         lines.append(
             "\nThe mean has no interval: every label has present and absent images in only {num_bootstrap_macro} of "
             "{num_bootstrap} draws. Evaluate the commoner labels alone to get one.".format_map(zero_shot)

@@ -128,9 +128,9 @@ def label_matrix(
     """Targets (n, F), 1 present, 0 absent, -100 unknown, and the number of rows where unlisted labels count as absent.
 
     What a row lists holds; a present label makes broader ones present (covid-19 is a pneumonia). A label that a row
-    does not name is unknown, but absent in a row of a `fully_labelled` source if that source uses the label at all, and
-    in any row that has a label under `unlisted_is_absent`. Left out, the latter holds for rows of other sources that
-    list no absent label, as in sets that publish positive labels only.
+    does not name is unknown, but absent in a row of a `fully_labelled` source that lists a present or absent label, if
+    that source uses the label at all, and in any row that has a label under `unlisted_is_absent`. Left out, the latter
+    holds for rows of other sources that list no absent label, as in sets that publish positive labels only.
     """
     column_of = {label: column for column, label in enumerate(labels)}
     rows = rows.select_columns(["row_id", "source", "present", "absent", "uncertain"])
@@ -147,11 +147,14 @@ def label_matrix(
         by_rule = unlisted_is_absent
         if by_rule is None:
             by_rule = not row["absent"] and row["source"] not in used
-        if by_rule and (row["present"] or row["absent"] or row["uncertain"]):
+        by_rule = by_rule and bool(row["present"] or row["absent"] or row["uncertain"])
+        if by_rule:
             target[:] = 0
-            num_by_rule += 1
+        # as `completed_absent`, which reading has applied to other splits too
+        completed = used.get(row["source"], set()) if row["present"] or row["absent"] else set()
+        num_by_rule += by_rule or bool(completed)
         statements = (
-            (0, used.get(row["source"], ())),
+            (0, completed),
             (1, with_broader_labels(row["present"])),
             (UNKNOWN, row["uncertain"]),
             (1, row["present"]),
@@ -306,7 +309,8 @@ def evaluate_zero_shot_classes(
     """Zero-shot metrics where each image has exactly one of K classes, `{"zero_shot": {...}}`, and the logits.
 
     `rows` all have an image, `classes` (n,) are their numbers in `labels`. The class whose positive texts an image
-    resembles most wins; negative texts play no part.
+    resembles most wins; negative texts play no part. Where rows come from several sources the accuracy within each
+    source is added under `by_source`, as a source can give a class away.
     """
     prompts = prompt_set(prompts) if isinstance(prompts, str) else prompts
     prompts.texts(labels)
@@ -318,4 +322,12 @@ def evaluate_zero_shot_classes(
     result = multiclass_metrics(classes, logits, labels, patients, num_bootstrap, seed)
     result["num_patients"] = count_patients(patients)
     result["prompts"] = {"name": prompts.name, "source": prompts.source, "pooling": prompts.pooling}
+    sources, is_right = np.array(rows["source"]), logits.argmax(axis=1) == classes
+    if len(set(rows["source"])) > 1:
+        result["by_source"] = {
+            str(source): {
+                "accuracy": float(is_right[sources == source].mean()), "num_images": int((sources == source).sum())
+            }
+            for source in np.unique(sources)
+        }  # fmt: skip
     return {"zero_shot": result}, ClassPredictions(list(rows["row_id"]), list(labels), classes, logits)

@@ -5,12 +5,14 @@ transformers' VisionTextDualEncoderModel with towers of the same size (three cha
 step as one writes it without care: the masked image and the masked text each in a pass of their own, every text padded
 to 128 tokens and all of them scored against the vocabulary. Same batch, texts and optimiser for all, in turns. Texts
 are as long as Open-i reports; those "of one length" have their mean, as batches bucketed by length have, and so no
-padding. Peak memory is that of a fresh process each, model and optimiser included. On a GPU all is in bf16, the batch
-comes from the host's memory in each step, and MFU is measured; the batch itself is made once, so the time of loading
-data is not in it. Without a GPU ViT-B takes some ten minutes and 15 GB. `--quick` only shows that it runs.
+padding. Peak memory is that of a fresh process each, model and optimiser included, with MALLOC_MMAP_THRESHOLD_ set so
+that what is freed is given back. On a GPU all is in bf16, the batch comes from the host's memory in each step, and MFU
+is measured; the batch itself is made once, so the time of loading data is not in it. Without a GPU ViT-B takes some ten
+minutes and 15 GB. `--quick` only shows that it runs.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -293,6 +295,8 @@ def measure_memory(
     runs = {name: (name, batch_size, False) for name in list(STEPS)[:5]}
     runs |= {f"{name}_checkpointing": (name, checkpointing_batch_size, True) for name in ("full", "contrastive")}
     peaks, flops = {}, {}
+    # glibc would keep freed tensors of medium size in its heap, often more of them than the step holds
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"
     for group in [list(runs)] if size == "quick" else [[run] for run in runs]:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # a fresh one for each, but in a quick run
             for run in group:

@@ -58,7 +58,7 @@ def main(words: list[str] | None = None):
         results |= report.describe_run(arguments.model_name_or_path, describe_data(data))
         report.write_metrics(output_dir, results)
         path = write_report(output_dir, results)
-        print(summary_table(results["classification"]))
+        print(summary_table(results["classification"]), "", *report.caution_lines(results["overlaps"]), sep="\n")
         print(f"\ntable: {path}, metrics.json and a folder for each run beside it")
 
 

@@ -17,16 +17,8 @@ import torch
 from MMCLIP.evaluation import report
 from MMCLIP.evaluation.checkpoints import check_checkpoint, load_checkpoint
 from MMCLIP.evaluation.embeddings import EmbeddingCache, image_features, text_features
-from MMCLIP.evaluation.retrieval import (
-    BACKENDS,
-    DEPTHS,
-    DIRECTIONS,
-    EXACT_LIMIT,
-    MEASURES,
-    evaluate_retrieval,
-    report_names,
-    retrieval_rows,
-)
+from MMCLIP.evaluation.protocols import overlap_cautions
+from MMCLIP.evaluation.retrieval import BACKENDS, EXACT_LIMIT, evaluate_retrieval, report_names, retrieval_rows
 from MMCLIP.evaluation.zero_shot import patient_names
 
 
@@ -57,28 +49,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def retrieval_table(retrieval: dict) -> str:
-    """A Markdown table: each number with its 95 % interval, and under it the level of chance."""
-    rows = []
-    for direction in DIRECTIONS:
-        for way, values in retrieval[direction].items():
-            title = f"{direction} {way}".replace("_", " ")
-            rows.append([title, *(report.number_cell(values[name], values[f"{name}_ci"]) for name in MEASURES)])
-            rows.append(["chance", *(report.number_cell(values[f"{name}_chance"]) for name in MEASURES)])
-    header = ["search, and what is a hit", *(f"Recall@{depth} (95 %)" for depth in DEPTHS), "median rank (95 %)"]
-    return report.markdown_table(header, rows)
-
-
 def write_files(output_dir: Path, results: dict, ranks: list[dict]) -> None:
     """metrics.json, report.md and ranks.csv."""
     report.write_metrics(output_dir, results)
     retrieval = results["retrieval"]
-    lines = ["# MMCLIP retrieval", "", *(f"- {key}: `{results[key]}`" for key in ("model", "data", "command")), ""]
-    lines += [retrieval_table(retrieval), ""]
+    lines = ["# MMCLIP retrieval", "", *(f"- {key}: `{results[key]}`" for key in ("model", "data", "command"))]
+    lines += [*report.caution_lines(results["overlaps"]), "", report.retrieval_table({"": retrieval}), ""]
     about = (
         "{num_images} images and {num_texts} reports of {num_patients} patients; {num_identical} reports have the "
         "words of another. `identical texts count`: such a report, and its image, is a hit too; `own text only`: only "
-        "the very pair. Searched are {candidates}. Ties: {ties}. Intervals: {num_bootstrap} draws of patients."
+        "the very pair. Searched are {candidates}. Ties: {ties}. Intervals: {num_bootstrap} draws of patients. Of "
+        "the median rank less is better."
     )
     lines.append(about.format_map(retrieval))
     if retrieval["no_interval_because"]:
@@ -127,10 +108,11 @@ def main(arguments: list[str] | None = None) -> None:
         row_ids=list(rows["row_id"]),
     )
     retrieval["num_left_out"] = len(found) - len(rows)  # rows without an image or a report
-    results = {"retrieval": retrieval, "model_hash": model_hash}
+    overlaps = overlap_cautions(rows.unique("source"), model.config.training_sources)
+    results = {"retrieval": retrieval, "overlaps": overlaps, "model_hash": model_hash}
     results |= report.describe_run(args.model, f"{data}, {len(rows)} rows with image and report")
     write_files(args.output_dir, results, ranks.table())
-    print(retrieval_table(retrieval))
+    print(report.retrieval_table({"": retrieval}), "", *report.caution_lines(overlaps), sep="\n")
     print(f"\nmodel: {args.model}\ntable: {args.output_dir / 'report.md'}, metrics.json and ranks.csv beside it")
 
 

@@ -13,6 +13,7 @@ import torch
 from MMCLIP.evaluation import figures, report
 from MMCLIP.evaluation.checkpoints import check_checkpoint, load_checkpoint
 from MMCLIP.evaluation.grounding import heatmap_auroc
+from MMCLIP.evaluation.protocols import overlap_cautions
 from MMCLIP.evaluation.zero_shot import evaluate_zero_shot
 from MMCLIP.text.prompt_sets import prompt_set, prompt_set_names
 
@@ -84,6 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     if any(rows["masks"]):
         results["grounding"] = heatmap_auroc(model, processor, rows, progress="grounding", **shared)
         drawn.append(figures.plot_heatmaps(model, processor, rows, pictures / "heatmaps.png"))
+    results["overlaps"] = overlap_cautions(rows.unique("source"), model.config.training_sources)
     if train is not None:
         results["train"] = train
     if any("loss" in entry for entry in log_history):
@@ -92,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     report.write_predictions(args.output_dir, predictions)
     report.write_metrics(args.output_dir, results)
     markdown = report.write_markdown(args.output_dir, results, drawn)
-    print(report.zero_shot_table(results["zero_shot"]))
+    print(report.zero_shot_table(results["zero_shot"]), "", *report.caution_lines(results["overlaps"]), sep="\n")
     if "grounding" in results:
         print(f"\nheat-map AUROC {results['grounding']['heatmap_auroc']:.3f}")
     print(f"\nmodel: {args.model}\ntable: {markdown}, metrics.json and predictions.csv beside it\npictures: {pictures}")

@@ -96,6 +96,7 @@ def test_only_pictures_that_are_new_are_embedded_and_all_come_in_order(real, mon
 def test_the_fingerprint_of_rows_tells_pictures_order_and_names(change):
     other = {"picture": make_rows(1, 3), "order": make_rows(2, 1), "name": make_rows(1, 2, names="xy")}[change]
     assert rows_fingerprint(other) != rows_fingerprint(make_rows(1, 2)) == rows_fingerprint(make_rows(1, 2))
+    assert rows_fingerprint(other, "a") != rows_fingerprint(other, "b")
 
 
 def test_a_file_whose_bytes_changed_is_embedded_anew(real, monkeypatch, tmp_path):

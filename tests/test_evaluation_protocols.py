@@ -210,6 +210,15 @@ def test_validation_rows_of_other_sources_or_without_labels_are_none(tmp_path):
     assert protocol_rows(protocol("rsna"), place, "train") is None
 
 
+def test_validation_rows_with_labels_and_no_image_are_none_and_warned_of(tmp_path, caplog):
+    bare = {"file": "", "text": "Clear lungs."}
+    place = table(tmp_path, {}, {"split": "val", **bare}, {"split": "train", **bare})
+    assert (
+        protocol_rows(protocol("rsna"), place, "validation") is protocol_rows(protocol("rsna"), place, "train") is None
+    )
+    assert "rsna: no validation row of" in caplog.text and "no train row" in caplog.text
+
+
 def test_a_test_split_of_star_takes_all_rows(tmp_path):
     place = table(tmp_path, {"split": ""}, {"split": "whatever"})
     made = load_protocol(own_file(tmp_path, "test_split: '*'\nvalidation_split: ''\ntrain_split: ''\n"))
@@ -338,12 +347,14 @@ def test_a_prompt_set_without_a_text_is_refused_and_one_with_more_is_not(tmp_pat
     assert check_labels(protocol("own"), rows, prompt_set("medklip-style"), ["mass"]) == (["mass"], ["pneumonia"])
 
 
-def test_training_on_a_set_that_shares_images_or_on_the_set_itself_is_told():
-    assert overlap_cautions(protocol("rsna"), ["padchest", "mimic-cxr"]) == []
-    (sentence,) = overlap_cautions(protocol("rsna"), ["chestxray14", "padchest", ""])
+def test_training_on_a_source_that_shares_images_or_on_the_source_itself_is_told():
+    assert overlap_cautions(["rsna"], ["padchest", "mimic-cxr"]) == []
+    (sentence,) = overlap_cautions(["rsna"], ["chestxray14", "padchest", ""])
     assert "Images of rsna are in chestxray14" in sentence
-    same, other = overlap_cautions(protocol("covidx"), ["rsna", "covidx-sirm"])
+    same, other = overlap_cautions(["covidx-rsna", "covidx-sirm"], ["rsna", "covidx-sirm"])
     assert same.startswith("Training used covidx-sirm too") and "negatives of COVIDx are RSNA images" in other
-    assert overlap_cautions(protocol("phantom"), ["phantom"]) == overlap_cautions(protocol("own"), ["x"]) == []
-    (unknown,) = overlap_cautions(protocol("rsna"), None)
-    assert "training_sources" in unknown and overlap_cautions(protocol("phantom"), None) == []
+    (same,) = overlap_cautions(["my hospital"], ["my hospital", "other"])  # rows of a table of one's own
+    assert same.startswith("Training used my hospital too: scores on my hospital are held out only if")
+    assert overlap_cautions(["phantom"], ["phantom"]) == overlap_cautions(["phantom"], None) == []
+    assert "training_sources" in overlap_cautions(["rsna"], None)[0]
+    assert "training_sources" in overlap_cautions([""], None)[0] and overlap_cautions([""], ["rsna"]) == []

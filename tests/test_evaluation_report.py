@@ -186,7 +186,7 @@ def test_the_script_evaluates_phantoms_with_grounding_and_training_numbers(tmp_p
     assert "**mean of" in capsys.readouterr().out
 
 
-def test_the_script_evaluates_a_split_of_a_manifest(tmp_path, checkpoint, run_zero_shot):
+def test_the_script_evaluates_a_split_of_a_manifest(tmp_path, checkpoint, run_zero_shot, capsys):
     rng = np.random.default_rng(0)
     for number in range(6):
         Image.fromarray(rng.integers(0, 256, (40, 32), dtype=np.uint8)).save(tmp_path / f"{number}.png")
@@ -196,6 +196,9 @@ def test_the_script_evaluates_a_split_of_a_manifest(tmp_path, checkpoint, run_ze
     shared = ("--model", checkpoint, "--manifest", tmp_path / "rows.csv", "--num_bootstrap", 20)
     run_zero_shot(*shared, "--split", "test", "--output_dir", tmp_path / "all")
     metrics = json.loads((tmp_path / "all" / "metrics.json").read_text())
+    assert "names no `training_sources`" in metrics["overlaps"][0]
+    assert f"- caution, the model: {metrics['overlaps'][0]}" in (tmp_path / "all" / "report.md").read_text()
+    assert "- caution, the model: its config names no" in capsys.readouterr().out
     assert list(metrics["zero_shot"]["per_class"]) == ["no finding", "pleural effusion"]
     assert metrics["zero_shot"]["num_images"] == 5 and "grounding" not in metrics
     run_zero_shot(*shared, "--labels", "effusion", "--fully_labelled", "a", "--output_dir", tmp_path / "one")

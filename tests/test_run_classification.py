@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_tiny
+from PIL import Image
 from transformers import AutoModelForImageClassification, AutoProcessor
 
 from MMCLIP.data.phantom import phantom_dataset
@@ -105,6 +106,26 @@ def test_without_validation_rows_there_are_no_thresholds_and_the_report_says_so(
     found = metrics["classification"]["fractions"]["100 %"]
     assert "macro_f1" not in found and found["seeds"]["0"]["thresholds"] is None
     assert "There are no validation rows to choose thresholds on" in (tmp_path / "report.md").read_text()
+
+
+def test_what_the_checkpoint_was_trained_on_is_held_against_the_test_rows(run, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    lines = ["file,split,patient_id,source,labels,absent_labels"]
+    for number in range(8):
+        Image.fromarray(rng.integers(0, 256, (32, 32), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+        labels = "edema," if number % 2 else ",edema"
+        lines.append(f"{number}.png,{'train' if number < 4 else 'test'},p{number},rsna,{labels}")
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    trained = save_tiny(tmp_path / "trained", training_sources=["chestxray14", "rsna"])
+    data = ("--train_manifest", tmp_path / "rows.csv", "--test_manifest", tmp_path / "rows.csv")
+    data += ("--num_phantoms", 0, "--num_test_phantoms", 0)
+    words = (*data, "--method", "probe", "--model_name_or_path", trained)
+    same, other = run(tmp_path / "out", *words, validation=0, labels=("edema",))["overlaps"]
+    assert same.startswith("Training used rsna too") and "Images of rsna are in chestxray14" in other
+    report, printed = (tmp_path / "out" / "report.md").read_text(), capsys.readouterr().out
+    assert all(f"- caution, the model: {sentence}" in text for sentence in (same, other) for text in (report, printed))
+    (unknown,) = run(tmp_path / "new", *data, "--method", "probe", validation=0, labels=("edema",))["overlaps"]
+    assert "nothing tells" in unknown
 
 
 def test_a_fixed_l2_strength_and_another_seed_change_the_probe(run, tmp_path):

@@ -8,6 +8,8 @@ from MMCLIP.modeling_mmclip import MMCLIPModel
 from PIL import Image
 
 from MMCLIP.evaluation.checkpoints import load_checkpoint
+from MMCLIP.evaluation.comparison import describe_trial, load_trial
+from MMCLIP.evaluation.protocols import protocol
 from MMCLIP.training.classification import load_classifier
 
 
@@ -61,8 +63,91 @@ def test_one_command_compares_two_models_and_writes_all_files(home, tmp_path):
     assert trial["controls"]["view_only"]["reason"].startswith("all images have the same view")
     report = (tmp_path / "report.md").read_text()
     assert "| model | **macro AUROC** |" in report and "| a, probe at 100 %, labels shuffled | " in report
+    assert "the range of 95 % of 20 permutations" in report and "Thresholds come from the validation rows" in report
+    assert report.count("| chance |") == 4 and "| b, image to text own text only |" in report
+    assert "Of the median rank less is better: there a difference below 0 is in favour of the first" in report
+    assert "- caution, a: its config names no `training_sources`" in report
     for figure in ("roc", "precision_recall", "bars", "calibration"):
         assert f"figures/own/{figure}.png" in report and (tmp_path / "figures" / "own" / f"{figure}.png").is_file()
+
+
+def changed(home, name: str, change) -> Path:
+    """A table whose lines (lists of cells) `change` has altered."""
+    head, *lines = (home / "manifest.csv").read_text().splitlines()
+    cells = [change(number, *line.split(",")) for number, line in enumerate(lines)]
+    (home / name).write_text("\n".join([head, *(",".join(line) for line in cells)]) + "\n")
+    return home / name
+
+
+def evaluate_table(home, place: Path, output: Path, protocol: str = "own", *more: str) -> tuple[dict, str]:
+    words = ("--model", f"a={home / 'model0'}", "--output_dir", str(output), "--num_bootstrap", "20", *more)
+    run_evaluation.main([*words, "--protocol", f"{protocol}={place}"])
+    trial = json.loads((output / "metrics.json").read_text())["trials"][Path(protocol).stem]
+    return trial, (output / "report.md").read_text()
+
+
+def test_labels_of_one_value_in_validation_or_training_are_told_as_such(home, tmp_path):
+    def ill(number, file, text, present, absent, patient, view, split, source):
+        if split != "test":
+            present, absent = "pleural effusion", ""
+        return file, text, present, absent, patient, view, split, source
+
+    _, report = evaluate_table(home, changed(home, "ill.csv", ill), tmp_path)
+    assert "F1 and accuracy are at the oracle threshold alone, as no label scored here has both values" in report
+    assert "Thresholds come from" not in report
+    for fraction in ("1 %", "10 %", "100 %"):
+        told = f"At {fraction}, some seed drew no image with, or none without, so that nothing was learned: pleural"
+        assert told in report
+
+
+def test_without_validation_rows_and_with_one_patient_the_report_says_so(home, tmp_path):
+    def alone(number, file, text, present, absent, patient, view, split, source):
+        return file, text, present, absent, "p", view, "test", source
+
+    _, report = evaluate_table(home, changed(home, "alone.csv", alone), tmp_path)
+    assert "alone, as there are no validation rows." in report
+    assert "There are no intervals: all images are of one patient." in report
+    assert "| view only, learned from test, 5 folds of patients | all images have the same view" in report
+
+
+def test_classes_of_several_sources_have_their_accuracy_within_each_and_no_word_of_thresholds(home, tmp_path):
+    names = ("no finding", "pneumonia", "covid-19")
+
+    def classes(number, file, text, present, absent, patient, view, split, source):
+        view = "AP" if number % 2 else "PA"
+        return file, text, names[number % 3], "", patient, view, "test", f"covidx-{number % 2}"
+
+    trial, report = evaluate_table(home, changed(home, "classes.csv", classes), tmp_path, "covidx-3class")
+    within = trial["models"]["a"]["zero_shot"]["by_source"]
+    assert {values["num_images"] for values in within.values()} == {12} and set(within) == {"covidx-0", "covidx-1"}
+    accuracies = [values["accuracy"] for values in within.values()]
+    assert sum(accuracies) / 2 == pytest.approx(trial["models"]["a"]["zero_shot"]["accuracy"])
+    assert f"Within covidx-0 (12 images): accuracy {accuracies[0]:.3f}." in report and "hreshold" not in report
+    assert "| view only, learned from test | " in report
+
+
+def test_the_hash_of_the_data_covers_labels_and_patients(home):
+    def other_patient(number, *cells):
+        return (*cells[:4], f"q{number}", *cells[5:])
+
+    def other_label(number, file, text, present, absent, *rest):
+        return (file, text, absent, present, *rest)
+
+    places = [home / "manifest.csv", changed(home, "same.csv", lambda number, *cells: cells)]
+    places += [changed(home, "patient.csv", other_patient), changed(home, "label.csv", other_label)]
+    trials = [load_trial(protocol("own"), str(place)) for place in places]
+    assert len({tuple(trial.scored["test"]["row_id"]) for trial in trials}) == 1
+    hashes = [describe_trial(trial)["data_hash"] for trial in trials]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+
+
+def test_what_is_wrong_with_the_rows_of_a_role_is_told_with_protocol_and_role(home):
+    def two_classes(number, file, text, present, absent, patient, view, split, source):
+        both = "pneumonia;no finding" if split == "train" else "pneumonia"
+        return file, text, both, "", patient, view, split, "covidx"
+
+    with pytest.raises(ValueError, match="covidx-3class, train rows: Row .* exactly one of the classes"):
+        load_trial(protocol("covidx-3class"), str(changed(home, "two.csv", two_classes)))
 
 
 def test_a_cache_folder_gives_the_same_numbers_again(home, tmp_path):

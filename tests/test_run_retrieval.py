@@ -65,12 +65,16 @@ def test_phantoms_are_searched_both_ways_and_the_files_tell_how(tmp_path, checkp
     report = (tmp_path / "report.md").read_text()
     table = capsys.readouterr().out.split("\n\n")[0]
     assert table in report and table.count("| chance |") == 4 and "equal similarities in random order" in report
+    assert "Of the median rank less is better" in report and metrics["overlaps"] == [] and "caution" not in report
 
 
-def test_a_split_of_a_manifest_is_searched_and_no_report_is_written_out(tmp_path, checkpoint, run, manifest):
+def test_a_split_of_a_manifest_is_searched_and_no_report_is_written_out(tmp_path, checkpoint, run, manifest, capsys):
     shared = ("--model", checkpoint, "--manifest", manifest, "--num_bootstrap", 20)
     run(*shared, "--split", "test", "--output_dir", tmp_path / "test", "--cache_dir", tmp_path / "cache")
     metrics, ranks = read(tmp_path / "test")
+    caution = f"- caution, the model: {metrics['overlaps'][0]}"
+    assert "`training_sources`" in caution and caution in (tmp_path / "test" / "report.md").read_text()
+    assert caution in capsys.readouterr().out
     found = metrics["retrieval"]
     assert (found["num_images"], found["num_identical"], found["num_left_out"]) == (4, 2, 1)
     assert found["image_to_text"]["identical_texts_count"]["recall_at_1_chance"] == pytest.approx((2 + 2 + 1 + 1) / 16)

@@ -5,7 +5,9 @@ and `compare_models` sets two against each other on the same patients. What each
 that makes it.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,28 +99,44 @@ def load_trial(protocol: Protocol, place: str, prompts: str | None = None) -> Tr
     scored, targets, patients = {}, {}, {}
     labels, unused = list(protocol.labels) or None, []
     for role, part in rows.items():
-        scored[role], labels, _ = scored_rows(part, labels)
+        with _named(f"{protocol.name}, {role} rows"):
+            scored[role], labels, _ = scored_rows(part, labels)
         if role == "test":
             if not protocol.labels:
                 chosen.check_used(labels)
             labels, unused = check_labels(protocol, scored[role], chosen, labels)
-        if protocol.task == "multi-class":
-            targets[role] = class_targets(scored[role], labels)
-        else:
-            targets[role], _ = label_matrix(scored[role], labels, protocol.unlisted_is_absent, protocol.fully_labelled)
+        with _named(f"{protocol.name}, {role} rows"):
+            if protocol.task == "multi-class":
+                targets[role] = class_targets(scored[role], labels)
+            else:
+                complete = protocol.fully_labelled
+                targets[role], _ = label_matrix(scored[role], labels, protocol.unlisted_is_absent, complete)
         patients[role] = patient_names(scored[role])
     return Trial(protocol, place, chosen, labels, unused, rows, scored, targets, patients)
 
 
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """A ValueError says where it comes from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 def describe_trial(trial: Trial) -> dict:
-    """What a reader needs to know of the data: counts, hash of the test rows, the prompts word for word, cautions."""
+    """What a reader needs to know of the data: counts, hash of the test rows and of what is true of them, cautions.
+
+    The prompts stand there word for word.
+    """
     pairs = zip(trial.labels, trial.prompts.texts(trial.labels), strict=True)
+    truth = (json.dumps([trial.labels, trial.patients["test"]]), trial.targets["test"].tobytes())
     return {
         "protocol": trial.protocol.name,
         "source": trial.protocol.source,
         "task": trial.protocol.task,
         "place": trial.place,
-        "data_hash": rows_fingerprint(trial.scored["test"]),
+        "data_hash": rows_fingerprint(trial.scored["test"], *truth),
         "labels": trial.labels,
         "unused_labels": trial.unused_labels,
         "num_rows": {role: len(part) for role, part in trial.rows.items()},
@@ -160,7 +178,7 @@ def applicable(trial: Trial, evaluations: Sequence[str] | None) -> dict[str, str
 def evaluate_model(model, processor, trial: Trial, options: Options, cache: EmbeddingCache | None = None) -> Outcome:
     """Every evaluation of a trial that applies. With one `cache` each image goes through the tower once."""
     cache = EmbeddingCache() if cache is None else cache
-    overlaps = overlap_cautions(trial.protocol, model.config.training_sources)
+    overlaps = overlap_cautions(trial.rows["test"].unique("source"), model.config.training_sources)
     outcome = Outcome({"model_hash": cache.hold(model, processor), "left_out": {}, "overlaps": overlaps})
     passes = {"cache": cache, "batch_size": options.batch_size, "num_workers": options.num_workers}
     draws = {"num_bootstrap": options.num_bootstrap, "seed": options.seed}

@@ -8,7 +8,16 @@ import numpy as np
 
 from . import figures
 from .comparison import Outcome, Trial
-from .report import TITLES, controls_lines, grounding_table, markdown_table, number_cell, truth_cells
+from .report import (
+    TITLES,
+    caution_lines,
+    controls_lines,
+    grounding_table,
+    markdown_table,
+    number_cell,
+    retrieval_table,
+    truth_cells,
+)
 from .zero_shot import ClassPredictions
 
 
@@ -140,7 +149,8 @@ def _about(trial: Mapping) -> list[str]:
     if data["unused_prompts"]:
         lines.append(f"- prompts for labels that the protocol does not score: {', '.join(data['unused_prompts'])}")
     lines += [f"- caution: {caution}" for caution in data["cautions"]]
-    lines += [f"- caution, {name}: {text}" for name, r in trial["models"].items() for text in r["overlaps"]]
+    for name, r in trial["models"].items():
+        lines += caution_lines(r["overlaps"], name)
     left_out = {f"{n}: {reason}" for r in trial["models"].values() for n, reason in r["left_out"].items()}
     lines += [f"- not measured, {entry}" for entry in sorted(left_out)]
     return lines
@@ -175,10 +185,15 @@ def _headline(trial: Mapping) -> list[str]:
     if values.get("skipped"):
         named = ", ".join(f"{entry['name']} ({entry['reason']})" for entry in values["skipped"])
         notes.append(f"Skipped, {values['num_skipped']} labels: {named}.")
-    if any("macro_f1" in v and v["macro_f1"] is not None for v in part.values()):
-        notes.append("Thresholds and temperature come from the validation rows.")
-    elif "macro_auroc" in values and "oracle_threshold" in next(iter(values["per_class"].values()), {}):
-        notes.append("There are no validation rows, so there is no F1 or accuracy but at the oracle threshold.")
+    if values["interval_reason"]:
+        notes.append(f"There are no intervals: {values['interval_reason']}.")
+    if any("threshold" in inner for inner in values["per_class"].values()):
+        notes.append("Thresholds come from the validation rows, and so does a temperature.")
+    elif values["per_class"] and trial["data"]["task"] == "multi-label":
+        reason = "no label scored here has both values among the validation rows"
+        if not trial["data"]["num_scored"].get("validation"):
+            reason = "there are no validation rows"
+        notes.append(f"F1 and accuracy are at the oracle threshold alone, as {reason}.")
     return [*lines, "", " ".join(notes)]
 
 
@@ -209,10 +224,9 @@ def _zero_shot(trial: Mapping) -> list[str]:
         if values.get("temperature") is not None:
             lines += ["", f"Temperature {values['temperature']:.3g}; ECE without it {values['ece_as_it_is']:.3f}."]
         for source, inner in values.get("by_source", {}).items():
-            lines += [
-                "",
-                f"Within {source} ({inner['num_images']} images): macro AUROC {number_cell(inner['macro_auroc'])}.",
-            ]
+            key = "accuracy" if "accuracy" in inner else "macro_auroc"
+            within = f"Within {source} ({inner['num_images']} images): {TITLES[key]} {number_cell(inner[key])}."
+            lines += ["", within]
     return lines
 
 
@@ -226,10 +240,11 @@ def _controls(trial: Mapping) -> list[str]:
 
 
 def _linear_probe(trial: Mapping) -> list[str]:
-    part = _part(trial, "linear_probe")
-    rows = []
-    for model, values in part.items():
+    rows, constant = [], {}
+    for model, values in _part(trial, "linear_probe").items():
         for fraction, inner in values["fractions"].items():
+            if inner["constant_labels"]:
+                constant[fraction] = ", ".join(inner["constant_labels"])
             key = "macro_auroc" if "macro_auroc" in inner else "accuracy"
             rows.append(
                 [model, fraction, inner["num_patients"], _cell(inner, key), number_cell(inner.get(f"{key}_sd"))]
@@ -237,20 +252,18 @@ def _linear_probe(trial: Mapping) -> list[str]:
     if not rows:
         return []
     header = ["model", "training patients", "number", "macro AUROC" if key == "macro_auroc" else key, "sd over seeds"]
-    return ["", "### Linear probe", "", markdown_table(header, rows)]
+    lines = ["", "### Linear probe", "", markdown_table(header, rows)]
+    for fraction, named in constant.items():
+        told = f"At {fraction}, some seed drew no image with, or none without, so that nothing was learned: {named}."
+        lines += ["", told]
+    return lines
 
 
 def _retrieval(trial: Mapping) -> list[str]:
-    rows, columns = [], ("recall_at_1", "recall_at_5", "recall_at_10", "median_rank")
-    for model, values in _part(trial, "retrieval").items():
-        for direction in ("image_to_text", "text_to_image"):
-            for rule, inner in values[direction].items():
-                cells = [_cell(inner, key) for key in columns]
-                rows.append([model, direction.replace("_", " "), rule.replace("_", " "), *cells])
-    if not rows:
+    part = _part(trial, "retrieval")
+    if not part:
         return []
-    titles = ("Recall@1", "Recall@5", "Recall@10", "median rank")
-    return ["", "### Retrieval", "", markdown_table(["model", "direction", "a hit is", *titles], rows)]
+    return ["", "### Retrieval", "", retrieval_table(part), "", "Of the median rank less is better."]
 
 
 def _grounding(trial: Mapping) -> list[str]:
@@ -301,4 +314,7 @@ def _differences(trial: Mapping) -> list[str]:
     if not rows:
         return []
     lines = ["", "### Differences, on the same patients", ""]
-    return [*lines, markdown_table(["models", "evaluation", "measure", "difference (95 %)", "p"], rows)]
+    lines.append(markdown_table(["models", "evaluation", "measure", "difference (95 %)", "p"], rows))
+    if "retrieval" in {row[1] for row in rows}:
+        lines += ["", "Of the median rank less is better: there a difference below 0 is in favour of the first model."]
+    return lines

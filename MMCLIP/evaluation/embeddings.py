@@ -6,6 +6,7 @@ that shares pictures with another does not embed them again.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -162,9 +163,13 @@ def _settings(values: dict) -> str:
     return json.dumps(kept(values), sort_keys=True, default=str)
 
 
-def rows_fingerprint(rows: datasets.Dataset) -> str:
-    """20 hex digits of the ids and images of `rows`, in their order; files are read, as their names say little."""
-    return _digest(part for pair in zip(rows["row_id"], _image_keys(rows), strict=True) for part in pair).hex()
+def rows_fingerprint(rows: datasets.Dataset, *more: str | bytes) -> str:
+    """20 hex digits of the ids and images of `rows`, in their order, and of what else is given.
+
+    Files are read, as their names say little.
+    """
+    pairs = zip(rows["row_id"], _image_keys(rows), strict=True)
+    return _digest(itertools.chain(*pairs, more)).hex()
 
 
 def _image_keys(rows: datasets.Dataset) -> list[bytes]:

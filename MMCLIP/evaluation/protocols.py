@@ -16,9 +16,10 @@ import numpy as np
 import yaml
 
 from ..data.indexing import PHANTOM, is_frontal
+from ..data.manifest import has_image
 from ..data.phantom import phantom_dataset
 from ..data.prepared import read_manifest, shards
-from ..data.readers import read_csv_manifest
+from ..data.readers import SOURCES, read_csv_manifest
 from ..data.readers.overlaps import known_overlaps
 from ..text.prompt_sets import PromptSet, prompt_set, prompt_set_names, read_yaml
 from ..text.vocabulary import broader_labels, canonical_label, with_broader_labels
@@ -187,6 +188,8 @@ def _check(made: Protocol, where: str) -> None:
 def protocol_rows(chosen: Protocol, place: str | os.PathLike, role: str) -> datasets.Dataset | None:
     """Rows of `place` with the role "test", "validation" or "train"; None where there are none but for testing.
 
+    Nor are there where no row has both an image and a label, of which a warning tells.
+
     `place` is a prepared folder or a table. Of it count the rows of the protocol's split, source and views; a film of
     unknown view is taken for frontal. For phantoms, `place` is the number of test images as text, or "", and the
     numbers are those of `sizes`.
@@ -218,10 +221,11 @@ def protocol_rows(chosen: Protocol, place: str | os.PathLike, role: str) -> data
     if chosen.frontal_only:
         rows = rows.select([number for number, view in enumerate(rows["view"]) if is_frontal(view)])
     labels = zip(rows["present"], rows["absent"], rows["uncertain"], strict=True)
-    if not any(p or a or u for p, a, u in labels):
-        if role != "test":
-            logger.warning("%s: no %s row of %s has a label; it goes without.", chosen.name, role, place)
-            return None
+    labelled = np.array([bool(p or a or u) for p, a, u in labels], dtype=bool)
+    if role != "test" and not (labelled & has_image(rows)).any():
+        logger.warning("%s: no %s row of %s has an image and a label; it goes without.", chosen.name, role, place)
+        return None
+    if not labelled.any():
         raise ValueError(
             f"{chosen.name}: none of {len(rows)} test rows of {place} has a label"
             f"{', after lateral films were left out' if len(rows) < len(kept) else ''}, so nothing can be scored. Add "
@@ -346,20 +350,28 @@ def class_targets(rows: datasets.Dataset, labels: Sequence[str]) -> np.ndarray:
     return classes
 
 
-def overlap_cautions(chosen: Protocol, training_sources: Iterable[str] | None) -> list[str]:
-    """A sentence for each `source` of training rows that is known to share images with the protocol's data.
+def overlap_cautions(evaluated: Iterable[str], training_sources: Iterable[str] | None) -> list[str]:
+    """A sentence for each `source` of training rows that is one of the `evaluated` sources, or known to share images.
 
-    None, where nobody knows what a model was trained on, is a sentence too.
+    None, where nobody knows what a model was trained on, is a sentence too. Phantoms have streams of their own, and a
+    source "" is unknown.
     """
-    if not chosen.data or chosen.data == PHANTOM:
+    evaluated = sorted(set(evaluated) - {PHANTOM})
+    if not evaluated:
         return []
     if training_sources is None:
         return ["its config names no `training_sources`, so nothing tells whether it was trained on these images."]
     training = sorted({source for source in training_sources if source})
-    same = [source for source in training if _is_of(chosen, source)]
+    families = {_family(source) for source in evaluated}
     sentences = [
-        f"Training used {source} too: scores of {chosen.name} are held out only if the training rows came from the "
+        f"Training used {source} too: scores on {_family(source)} are held out only if the training rows came from the "
         "same preparation, whose splits share no patient."
-        for source in same
+        for source in training
+        if _family(source) in families
     ]
-    return sentences + known_overlaps([source for source in training if source not in same], [chosen.data])
+    return sentences + known_overlaps(training, evaluated)
+
+
+def _family(source: str) -> str:
+    """The data set that a source is, or is a part of: covidx of covidx-rsna."""
+    return next((name for name in SOURCES if source == name or source.startswith(f"{name}-")), source)

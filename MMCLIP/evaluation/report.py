@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from .metrics import UNKNOWN
+from .retrieval import DEPTHS, DIRECTIONS, MEASURES, WAYS
 from .zero_shot import ZeroShotPredictions
 
 
@@ -115,6 +116,11 @@ def truth_cells(targets: np.ndarray, labels: Sequence[str]) -> tuple[list[str], 
     return [f"target:{label}" for label in labels], cells
 
 
+def caution_lines(cautions: Sequence[str], of: str = "the model") -> list[str]:
+    """A line of a Markdown list for each of [`overlap_cautions`]."""
+    return [f"- caution, {of}: {sentence}" for sentence in cautions]
+
+
 def number_cell(value: float | None, interval: Sequence[float] | None = None) -> str:
     if value is None:
         return "n/a"
@@ -158,6 +164,20 @@ def grounding_table(models: Mapping[str, Mapping]) -> str:
     )
 
 
+def retrieval_table(models: Mapping[str, Mapping]) -> str:
+    """A Markdown table: each number of each model (a name may be "") with its interval, and under them chance."""
+    rows = []
+    for direction, way in itertools.product(DIRECTIONS, WAYS):
+        for model, retrieval in models.items():
+            values = retrieval[direction][way]
+            title = f"{direction} {way}".replace("_", " ")
+            cells = (number_cell(values[name], values[f"{name}_ci"]) for name in MEASURES)
+            rows.append([f"{model}, {title}" if model else title, *cells])
+        rows.append(["chance", *(number_cell(values[f"{name}_chance"]) for name in MEASURES)])
+    header = ["search, and what is a hit", *(f"Recall@{depth} (95 %)" for depth in DEPTHS), "median rank (95 %)"]
+    return markdown_table(header, rows)
+
+
 def controls_lines(controls: Mapping[str, Mapping], shuffled: Mapping[str, Mapping]) -> list[str]:
     """A Markdown table of the `group_controls` and, by what was scored, of the `shuffled_control`; [] without any."""
     rows = [
@@ -167,11 +187,14 @@ def controls_lines(controls: Mapping[str, Mapping], shuffled: Mapping[str, Mappi
     key = "accuracy" if "majority_class" in controls else "macro_auroc"
     for name, values in controls.items():
         cell = values["reason"] if "reason" in values else number_cell(values[key], values[f"{key}_ci"])
-        rows.append([name.replace("_", " "), cell])
+        learned = "" if values["fitted_on"] == "train" else f", learned from {values['fitted_on']}"
+        rows.append([f"{name.replace('_', ' ')}{learned}", cell])
     if not rows:
         return []
-    lines = ["", "Controls, which see no image or no true label:", ""]
-    return [*lines, markdown_table(["control", TITLES[key]], rows)]
+    about = "Controls, which see no image or no true label"
+    if permutations := max((values["num_permutations"] for values in shuffled.values()), default=0):
+        about += f" (in brackets, where labels are shuffled, the range of 95 % of {permutations} permutations)"
+    return ["", f"{about}:", "", markdown_table(["control", TITLES[key]], rows)]
 
 
 def write_markdown(output_dir: str | Path, results: Mapping, figures: Sequence[Path] = ()) -> Path:
@@ -183,6 +206,7 @@ def write_markdown(output_dir: str | Path, results: Mapping, figures: Sequence[P
     for key in ("model", "data", "command"):
         if key in results:
             lines.append(f"- {key}: `{results[key]}`")
+    lines += caution_lines(results.get("overlaps", ()))
     lines += ["", "## Zero-shot classification", "", zero_shot_table(zero_shot), ""]
     lines.append(
         "{num_images} images of {num_patients} patients; left out {num_without_label} rows without a label and "

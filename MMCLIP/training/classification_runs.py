@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import transformers
 
-from ..data.readers.overlaps import known_overlaps
 from ..evaluation import report
 from ..evaluation.checkpoints import load_whole
 from ..evaluation.controls import group_controls
@@ -30,6 +29,7 @@ from ..evaluation.linear_probe import (
     subset_size,
     validation_thresholds,
 )
+from ..evaluation.protocols import overlap_cautions
 from ..modeling_mmclip import MMCLIPModel
 from .classification import (
     ROLES,
@@ -69,7 +69,7 @@ def run_all(processor, labelled: LabelledRows, arguments: Arguments) -> dict:
     """
     what, data, training = arguments
     model = load_whole(MMCLIPModel, what.model_name_or_path)
-    overlaps = known_overlaps(model.config.training_sources or (), labelled.rows["test"].unique("source"))
+    overlaps = overlap_cautions(labelled.rows["test"].unique("source"), model.config.training_sources)
     hashes = {"model_hash": model_fingerprint(model, processor), "data_hash": data_hash(labelled)}
     made_by = run_arguments(arguments) | hashes
     folders = {(f, s): run_folder(training.output_dir, f, s) for f in what.fractions for s in what.seeds}
@@ -335,7 +335,7 @@ def write_report(output_dir: str | os.PathLike, results: Mapping) -> Path:
     )
     lines = ["# MMCLIP classification", "", *(f"- {key}: `{results[key]}`" for key in ("model", "data", "command"))]
     lines += [f"- method: {classification['method']}, {classification['task']}; {sizes}"]
-    lines += [*(f"- caution: {sentence}" for sentence in results["overlaps"]), ""]
+    lines += [*report.caution_lines(results["overlaps"]), ""]
     lines += [summary_table(classification), ""]
     num_seeds = len(next(iter(fractions.values()))["seeds"])
     lines.append(

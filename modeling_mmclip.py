@@ -1072,19 +1072,27 @@ class MMCLIPForPreTraining(MMCLIPModel):
         )
 
     def encode_rows(self, pixel_values, input_ids, attention_mask, input_ids_masked=None) -> EncodedRows:
-        """Both towers on the rows of a batch, whole and masked texts in one pass."""
+        """Both towers on the rows of a batch, whole and masked texts in one pass unless memory is to be saved."""
         masks_words = self.config.mlm_weight > 0 and input_ids_masked is not None
         pooled_image, patch_tokens, _ = self.encode_image(pixel_values)  # (B, H), (B, N, H)
-        all_ids = torch.cat([input_ids, input_ids_masked]) if masks_words else input_ids
-        all_mask = torch.cat([attention_mask, attention_mask]) if masks_words else attention_mask
-        pooled_text, text_tokens, _ = self.encode_text(all_ids, all_mask)
-        num_rows = len(input_ids)
+        masked_text_tokens = None
+        saves_memory = any(getattr(module, "gradient_checkpointing", False) for module in self.text_model.modules())
+        if masks_words and not (self.training and saves_memory):
+            texts, mask = torch.cat([input_ids, input_ids_masked]), torch.cat([attention_mask, attention_mask])
+            pooled_text, text_tokens, _ = self.encode_text(texts, mask)
+            text_tokens, masked_text_tokens = text_tokens.split(len(input_ids))
+            pooled_text = pooled_text[: len(input_ids)]
+        else:
+            pooled_text, text_tokens, _ = self.encode_text(input_ids, attention_mask)
+            if masks_words:
+                # the layer that is checkpointed at a time is the peak: two passes of half the size halve it
+                masked_text_tokens = self.encode_text(input_ids_masked, attention_mask)[1]
         return EncodedRows(
             image_embeds=self.project_image(pooled_image),
-            text_embeds=self.project_text(pooled_text[:num_rows]),
+            text_embeds=self.project_text(pooled_text),
             patch_tokens=patch_tokens,
-            text_tokens=text_tokens[:num_rows],
-            masked_text_tokens=text_tokens[num_rows:] if masks_words else None,
+            text_tokens=text_tokens,
+            masked_text_tokens=masked_text_tokens,
         )
 
     def rebuild(

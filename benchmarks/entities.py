@@ -232,7 +232,7 @@ def measure_coverage(reports: Sequence[dict], found: dict[str, list[Entity]]) ->
 def count_masked(texts: dict[str, str], found: dict[str, list[Entity]], batch_size: int = 64) -> tuple[int, int]:
     """(hidden, all) tokens, special ones left out, of one epoch with the defaults of `MMCLIPCollator`."""
     transformers.logging.set_verbosity_error()  # the longest reports are cut
-    collator = MMCLIPCollator(MMCLIPProcessor(), num_patches=1, count_masks=True)
+    collator = MMCLIPCollator(MMCLIPProcessor(), num_patches=1, for_trainer=True)
     samples = [
         {"image": None, "text": text, "entities": found[uid], "present": [], "absent": [], "sample_seed": (0, 0, index)}
         for index, (uid, text) in enumerate(texts.items())

@@ -8,15 +8,16 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import transformers
-from transformers.trainer_utils import get_last_checkpoint
 
 from MMCLIP.evaluation.zero_shot import check_scorable
 from MMCLIP.training.arguments import parse_run_config
 from MMCLIP.training.building import build_datasets, build_model_and_processor, build_rows
+from MMCLIP.training.recovery import checkpoint_problem, last_whole_checkpoint
 from MMCLIP.training.trainer import MMCLIPTrainer
 
 
@@ -53,6 +54,13 @@ def main():
     )
 
     output_dir = Path(training_arguments.output_dir)
+    checkpoint = training_arguments.resume_from_checkpoint
+    if checkpoint in ("true", "True", "last"):
+        checkpoint = last_whole_checkpoint(output_dir)
+        checkpoint = None if checkpoint is None else str(checkpoint)
+        logger.info(f"going on from {checkpoint or 'the start: there is no checkpoint yet'}")
+    elif checkpoint is not None and (problem := checkpoint_problem(checkpoint)):
+        raise ValueError(f"`resume_from_checkpoint`: {checkpoint} is no checkpoint to go on from, as {problem}.")
     if is_main:
         save_run_config(output_dir / "run_config.json", model_arguments, data_arguments, training_arguments)
     trainer = MMCLIPTrainer(
@@ -65,15 +73,19 @@ def main():
         validation_labels=data_arguments.validation_labels or None,
         fully_labelled=tuple(data_arguments.fully_labelled),
     )
-    last_checkpoint = training_arguments.resume_from_checkpoint
-    if last_checkpoint in ("true", "True", "last"):
-        last_checkpoint = get_last_checkpoint(str(output_dir))
-        logger.info(f"going on from {last_checkpoint or 'the start: there is no checkpoint yet'}")
-    results = trainer.train(resume_from_checkpoint=last_checkpoint)
-    trainer.save_model(str(output_dir / "checkpoint"))
+    results = trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.stop_on_signal.has_stopped:
+        logger.warning(
+            f"stopped by signal {int(trainer.stop_on_signal.signal_number)} after step {trainer.state.global_step} of "
+            f"{trainer.state.max_steps}; --resume_from_checkpoint last goes on"
+        )
+        return
+    trainer.save_model(str(output_dir / "checkpoint.part"))
     if is_main:
         # a pickle, which nobody should load from a folder meant for others; run_config.json says the same
-        (output_dir / "checkpoint" / "training_args.bin").unlink(missing_ok=True)
+        (output_dir / "checkpoint.part" / "training_args.bin").unlink(missing_ok=True)
+        shutil.rmtree(output_dir / "checkpoint", ignore_errors=True)
+        (output_dir / "checkpoint.part").rename(output_dir / "checkpoint")  # never half a model under the final name
     trainer.log_metrics("train", results.metrics)
     trainer.save_metrics("train", results.metrics, combined=False)
     trainer.save_state()

@@ -223,7 +223,7 @@ def test_an_and_inside_another_entity_stays_when_it_stays():
 
 @pytest.mark.parametrize("ratio", [0.2, 0.7])
 def test_the_share_of_hidden_cues_is_the_one_asked_for_and_a_shared_cue_is_drawn_once(ratio):
-    with_cues = MMCLIPCollator(processor(), 1, mlm_ratio=0.6, mlm_cue_ratio=ratio, count_masks=True)
+    with_cues = MMCLIPCollator(processor(), 1, mlm_ratio=0.6, mlm_cue_ratio=ratio, for_trainer=True)
     counts = with_cues([no_list(index) for index in range(700)])["masking_counts"].sum(dim=0).tolist()
     counts = dict(zip(MASKING_COUNTS, counts, strict=True))
     assert counts["hidden_entities"] == 3 * 700
@@ -261,7 +261,7 @@ def test_two_cues_of_one_text_are_drawn_apart():
 
 def test_a_cue_that_was_cut_off_is_neither_hidden_nor_counted():
     said = [("effusion", "finding", "not seen")]
-    collator = MMCLIPCollator(processor(), 1, mlm_cue_ratio=1.0, max_length=6, count_masks=True)
+    collator = MMCLIPCollator(processor(), 1, mlm_cue_ratio=1.0, max_length=6, for_trainer=True)
     batch = collator([sample_of("the effusion is not seen.", *said)])  # keeps "the effusion is not"
     assert hidden_pieces(batch) == ["effusion"]
     assert batch["masking_counts"].tolist() == [[1, 4, 1, 1, 1, 0, 0]]
@@ -295,7 +295,7 @@ def test_only_the_kinds_asked_for_are_hidden_where_the_text_has_any():
 
 
 def test_counts_are_those_of_each_text():
-    collator = MMCLIPCollator(processor(), 1, mlm_ratio=0.5, mlm_cue_ratio=1.0, count_masks=True)
+    collator = MMCLIPCollator(processor(), 1, mlm_ratio=0.5, mlm_cue_ratio=1.0, for_trainer=True)
     samples = [
         sample_of("no effusion or mass.", ("effusion", "finding", "no"), ("mass", "finding", "no")),
         sample_of("left pneumothorax.", ("pneumothorax", "disease", None)),
@@ -312,7 +312,8 @@ def test_counts_are_those_of_each_text():
     ]  # fmt: skip
     assert ((batch["mlm_labels"] != -100).sum(dim=1) == batch["masking_counts"][:, 2]).all()
     plain = MMCLIPCollator(processor(), 1, mlm_ratio=0.5, mlm_cue_ratio=1.0)(samples)
-    assert batch.keys() - plain.keys() == {"masking_counts"}
+    assert batch.keys() - plain.keys() == {"masking_counts", "row_ids"}
+    assert batch["row_ids"] == [sample["row_id"] for sample in samples]
 
 
 # ------------------------------------------------------------------------------------------------------ the entity mask

@@ -124,12 +124,12 @@ def collate(name, text, places, sample_seed=(0, 0, 0), side="right", **options):
         tokenizer=tokenizer, image_processor=lambda images, **_: {"pixel_values": torch.zeros(len(images), 1, 1, 1)}
     )
     entities = [Entity(start, end, "mass", "finding", "present") for start, end in places]
-    fields = {"image": None, "present": [], "absent": []}
+    fields = {"row_id": "a", "image": None, "present": [], "absent": []}
     samples = [
         {"text": text, "entities": entities, "sample_seed": sample_seed, **fields},
         {"text": text + " " + "mass " * 9, "entities": [], "sample_seed": sample_seed, **fields},
     ]
-    batch = MMCLIPCollator(processor, 1, count_masks=True, **options)(samples)
+    batch = MMCLIPCollator(processor, 1, for_trainer=True, **options)(samples)
     assert batch["input_ids"].shape == batch["mlm_labels"].shape
     ids, labels = batch["input_ids"][0].numpy(), batch["mlm_labels"][0].numpy()
     special = (batch["attention_mask"][0].numpy() == 0) | np.isin(ids, [tokenizer.convert_tokens_to_ids(SPECIAL[:4])])

@@ -188,7 +188,7 @@ def test_without_entmlm_no_rate_is_logged_and_in_evaluation_none_is_summed(tmp_p
     folder, _ = run(tmp_path, "--max_steps", "1", mlm_weight=0, save_strategy="no")
     assert [rates_of(entry) for entry in log_of(folder) if "loss" in entry] == [{}]
     trainer = make_trainer(tmp_path)
-    trainer.data_collator.count_masks = True
+    trainer.data_collator.for_trainer = True
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(3)])
     trainer.model.eval()
     trainer.compute_loss(trainer.model, dict(batch))
@@ -404,7 +404,7 @@ def test_a_text_tower_with_learning_rate_zero_stays_as_it_was(tmp_path):
 
 
 def test_rows_that_make_no_single_batch_are_an_error_before_training(tmp_path):
-    with pytest.raises(ValueError, match="6 training rows make no batch of 50"):
+    with pytest.raises(ValueError, match="6 training rows make no batch of 50, `per_device"):
         make_trainer(tmp_path, per_device_train_batch_size=50, dataloader_drop_last=True)
 
 

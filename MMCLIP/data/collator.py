@@ -25,9 +25,10 @@ IGNORE = -100
 class MMCLIPCollator:
     """Makes samples of `MMCLIPDataset` one batch; its keys are the arguments of `MMCLIPForPreTraining.forward`.
 
-    Two keys are not, and go no further than `MMCLIPTrainer`: `augmentation_draws` (B, 9), there when `augmentation`
-    changes anything, with which it augments the images where the batch then is; and with `count_masks` the
-    `masking_counts` (B, 7) int64, columns as in `MASKING_COUNTS`, that it logs.
+    Three keys are not, and go no further than `MMCLIPTrainer`: `augmentation_draws` (B, 9), there when `augmentation`
+    changes anything, with which it augments the images where the batch then is; and with `for_trainer` the
+    `masking_counts` (B, 7) int64, columns as in `MASKING_COUNTS`, that it logs, and the `row_ids`, a list of B texts
+    that an error names.
 
     | key | shape, values |
     | --- | --- |
@@ -61,7 +62,7 @@ class MMCLIPCollator:
         prompt_labels: Labels for which each batch carries a prompt pair.
         max_length: Tokens of a text at most; the tokenizer's `model_max_length` when None.
         augmentation: What its draws are made for.
-        count_masks: Add `masking_counts`.
+        for_trainer: Add `masking_counts` and `row_ids`.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class MMCLIPCollator:
         prompt_labels: Sequence[str] = (),
         max_length: int | None = None,
         augmentation: RadiographAugmentation | None = None,
-        count_masks: bool = False,
+        for_trainer: bool = False,
     ):
         tokenizer = processor.tokenizer
         if not getattr(tokenizer, "is_fast", False):
@@ -111,7 +112,7 @@ class MMCLIPCollator:
         self.mlm_cue_ratio = mlm_cue_ratio
         self.max_length = max_length
         self.augmentation = augmentation
-        self.count_masks = count_masks
+        self.for_trainer = for_trainer
         self._special_ids = sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
         self.prompt_labels = tuple(canonical_label(label, where="prompt_labels") for label in prompt_labels)
         self._prompt_pairs = [
@@ -148,8 +149,9 @@ class MMCLIPCollator:
             "group_ids": torch.tensor([group_id(text) for text in texts], dtype=torch.int64),
             "mim_noise": torch.from_numpy(mim_noise),
         }
-        if self.count_masks:
+        if self.for_trainer:
             batch["masking_counts"] = torch.from_numpy(counts)
+            batch["row_ids"] = [sample["row_id"] for sample in samples]
         if self.augmentation is not None and not self.augmentation.is_off:
             generators = [sample_generator(sample["sample_seed"], AUGMENTATION_STREAM) for sample in samples]
             draws = np.stack([self.augmentation.draw(generator) for generator in generators])

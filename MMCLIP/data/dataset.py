@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from transformers.utils import logging
 
@@ -97,6 +98,12 @@ class MMCLIPDataset(torch.utils.data.Dataset):
         for table in columns.iter(batch_size=1000):
             for row in table.to_pylist():
                 yield self._labels(row, _entities(row))
+
+    def text_lengths(self) -> np.ndarray:
+        """Characters of each report, (n,) int64; -1 for a row that gets a prompt, whose length is drawn with it."""
+        columns = self.rows.select_columns("report").with_format("arrow")
+        found = [pc.fill_null(pc.utf8_length(table["report"]), -1) for table in columns.iter(batch_size=1000)]
+        return np.concatenate([part.to_numpy() for part in found]).astype(np.int64)
 
     def __getitem__(self, index: int) -> dict:
         index = range(len(self))[index]

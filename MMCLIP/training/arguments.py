@@ -131,6 +131,12 @@ class MMCLIPTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments and what MMCLIP adds."""
 
     text_learning_rate: float | None = _option("Learning rate of the text tower; left out, `learning_rate`")
+    grad_cache_rows: int | None = _option(
+        "Rows that pass the towers at a time, while the losses see the whole batch (GradCache): a second forward buys "
+        "the gradient of a batch that does not fit into memory"
+    )
+    group_by_text_length: bool = _option("Batches of texts of like length, which saves padding", False)
+    logging_nan_inf_filter: bool = _option("A loss that is not finite stops the run and is never hidden", False)
     remove_unused_columns: bool = _option("The Trainer's own default would drop the image", False)
     report_to: str | None = _option("Where curves go; left out, tensorboard when it is installed, else none")
 
@@ -138,6 +144,15 @@ class MMCLIPTrainingArguments(TrainingArguments):
         if self.report_to is None:
             self.report_to = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
         super().__post_init__()
+        if self.grad_cache_rows is not None and self.grad_cache_rows < 1:
+            raise ValueError(f"`grad_cache_rows` is {self.grad_cache_rows}, expected at least 1.")
+        if self.grad_cache_rows is not None and self.fp16:
+            raise ValueError("`grad_cache_rows` knows no fp16 loss scaling; use --bf16 true.")
+        if getattr(self, "train_sampling_strategy", "random") != "random":
+            raise ValueError(
+                f"`train_sampling_strategy: {self.train_sampling_strategy}` has no effect here: rows are drawn at "
+                "random, or with --group_by_text_length true by length."
+            )
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns: true` would drop the image from every sample; leave it out.")
 

@@ -159,7 +159,7 @@ def build_datasets(
         mlm_cue_ratio=data.mlm_cue_ratio,
         prompt_labels=labels,
         augmentation=augmentation,
-        count_masks=True,
+        for_trainer=True,
     )
     return dataset, collator
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -219,7 +220,9 @@ def test_a_run_that_is_killed_again_and_again_has_the_losses_and_weights_of_one_
     for kill_at in ("checkpoint-1/config.json", "checkpoint-2/model.safetensors", "checkpoint-3/trainer_state.json"):
         process = start(broken, "--resume_from_checkpoint", "last", num_processes=num_processes, **changes)
         wait_for(broken / kill_at, process)
-        os.killpg(process.pid, signal.SIGKILL)
+        # torchrun gives each process a group of its own
+        for victim in (*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)):
+            victim.kill()
         said += process.communicate(timeout=60)[0]
     said += end(start(broken, "--resume_from_checkpoint", "last", num_processes=num_processes, **changes))
     assert "going on from" in said
@@ -244,7 +247,8 @@ def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(tmp_path, num_proce
         assert line, "it ended before it trained"
     os.killpg(process.pid, signal.SIGTERM)
     said = process.communicate(timeout=300)[0]
-    assert "stopped by signal 15 after step" in said and "Traceback" not in said.partition("SignalException")[0], said
+    # torchrun itself says with a traceback that it was told to stop
+    assert "stopped by signal 15 after step" in said and said.count("Traceback") == int(num_processes > 1), said
     assert num_processes > 1 or process.returncode == 0
     saved = last_whole_checkpoint(tmp_path)
     step = json.loads((saved / "trainer_state.json").read_text())["global_step"]

@@ -17,6 +17,7 @@ from ..text.vocabulary import canonical_label
 
 
 def _option(help_text: str, default=None):
+    help_text = help_text.replace("%", "%%")  # argparse fills in what follows a single one
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help_text})
     return field(default=default, metadata={"help": help_text})

@@ -414,6 +414,48 @@ def test_one_process_that_would_split_its_batches_over_many_gpus_is_refused(tmp_
         make_trainer(tmp_path)
 
 
+# ------------------------------------------------------------------------------------------- large and bucketed batches
+
+
+def test_a_run_that_sends_a_few_rows_at_a_time_through_the_towers_learns_what_one_with_whole_batches_does(tmp_path):
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # or each chunk would draw its own
+    changes = {
+        "text_config": {**CONFIG["text_config"], **still}, "gradient_accumulation_steps": 2, "max_steps": 3,
+        "save_strategy": "no",
+    }  # fmt: skip
+    plain, batches = run(tmp_path / "plain", **changes)
+    cached, same_batches = run(tmp_path / "cached", grad_cache_rows=3, **changes)
+    assert len(batches) == 6 and same_batches == [], "the whole batch never passes the model's forward"
+    for entry, expected in zip(log_of(cached), log_of(plain), strict=True):
+        names = [name for name in expected if name.startswith(("loss", "grad_norm", "mlm_"))]
+        assert {name: entry[name] for name in names} == pytest.approx(
+            {name: expected[name] for name in names}, abs=2e-3
+        )
+    found = weights(cached / "checkpoint")
+    for name, values in weights(plain / "checkpoint").items():
+        # a step of Adam is as long as the learning rate, however small the gradient whose sign it has
+        assert (found[name] - values).abs().mean() < 1e-5, name
+
+
+def test_a_run_by_text_length_sees_every_row_in_other_batches(tmp_path, unbroken):
+    _, batches = run(tmp_path, group_by_text_length=True, num_train_epochs=1, save_strategy="no")
+    epoch = unbroken[1][:STEPS_PER_EPOCH]
+    assert sorted(sum(batches, [])) == sorted(sum(epoch, [])) and batches != epoch
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--grad_cache_rows", "0"], "`grad_cache_rows` is 0, expected at least 1"),
+        (["--grad_cache_rows", "2", "--fp16", "true"], "no fp16 loss scaling; use --bf16"),
+        (["--train_sampling_strategy", "group_by_length"], "has no effect here.*--group_by_text_length true"),
+    ],
+)
+def test_settings_that_could_do_nothing_are_refused(tmp_path, words, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, *words)
+
+
 # ------------------------------------------------------------------------------------------------------- many processes
 
 

@@ -235,6 +235,8 @@ class MMCLIPTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise  # not from torch.save
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise OSError(

@@ -14,7 +14,7 @@ from MMCLIP.evaluation import figures, report
 from MMCLIP.evaluation.checkpoints import check_checkpoint, load_checkpoint
 from MMCLIP.evaluation.grounding import heatmap_auroc
 from MMCLIP.evaluation.protocols import overlap_cautions
-from MMCLIP.evaluation.zero_shot import evaluate_zero_shot
+from MMCLIP.evaluation.zero_shot import check_scorable, evaluate_zero_shot
 from MMCLIP.text.prompt_sets import prompt_set, prompt_set_names
 
 
@@ -64,6 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
 
         rows = phantom_dataset(args.phantoms, size=args.phantom_size, split="test")
         data = f"{args.phantoms} phantoms of the held-out stream, {args.phantom_size} px"
+    labels = args.labels.split(",") if args.labels else None
+    check_scorable(rows, labels, sources, args.unlisted_is_absent)
     model, processor = load_checkpoint(args.model, args.device)
 
     shared = {"batch_size": args.batch_size, "num_bootstrap": args.num_bootstrap, "num_workers": args.num_workers}
@@ -71,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
         model,
         processor,
         rows,
-        labels=args.labels.split(",") if args.labels else None,
+        labels=labels,
         unlisted_is_absent=args.unlisted_is_absent,
         fully_labelled=sources,
         prompts=prompts,
@@ -79,9 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
         **shared,
     )
     pictures = Path(args.output_dir) / "figures"
-    drawn = []
-    if results["zero_shot"]["per_class"]:
-        drawn.append(figures.plot_roc({"model": predictions}, pictures / "roc.png"))
+    drawn = [figures.plot_roc({"model": predictions}, pictures / "roc.png")]
     if any(rows["masks"]):
         results["grounding"] = heatmap_auroc(model, processor, rows, progress="grounding", **shared)
         drawn.append(figures.plot_heatmaps(model, processor, rows, pictures / "heatmaps.png"))

@@ -126,6 +126,18 @@ def test_classes_of_several_sources_have_their_accuracy_within_each_and_no_word_
     assert "| view only, learned from test | " in report
 
 
+def test_rows_on_which_every_label_would_be_skipped_are_an_error_before_a_file_is_written(home, tmp_path):
+    def all_ill(number, file, text, present, absent, patient, view, split, source):
+        return file, text, "pleural effusion", "edema" * (number == 1), patient, view, split, "fully"
+
+    place = changed(home, "all_ill.csv", all_ill)
+    told = r"own, zero_shot on the test rows: No label .* pleural effusion \(absent in none\)"
+    with pytest.raises(ValueError, match=told):
+        evaluate_table(home, place, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    evaluate_table(home, place, tmp_path / "out", "own", "--evaluations", "retrieval")
+
+
 def test_the_hash_of_the_data_covers_labels_and_patients(home):
     def other_patient(number, *cells):
         return (*cells[:4], f"q{number}", *cells[5:])

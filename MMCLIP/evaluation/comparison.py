@@ -28,6 +28,7 @@ from .retrieval import compare_retrieval, evaluate_retrieval, report_names, retr
 from .zero_shot import (
     ClassPredictions,
     ZeroShotPredictions,
+    check_targets,
     evaluate_zero_shot,
     evaluate_zero_shot_classes,
     label_matrix,
@@ -156,10 +157,16 @@ def describe_trial(trial: Trial) -> dict:
 
 
 def applicable(trial: Trial, evaluations: Sequence[str] | None) -> dict[str, str]:
-    """Evaluation -> "" where it can be made, else why not. One that was asked for by name must be possible."""
+    """Evaluation -> "" where it can be made, else why not. One that was asked for by name must be possible.
+
+    Raises ValueError too where labels are to be scored and none of them can be.
+    """
     rows = trial.rows["test"]
     reasons = {}
     for name in evaluations or trial.protocol.evaluations:
+        if name in ("zero_shot", "linear_probe") and not trial.is_multi_class:
+            with _named(f"{trial.protocol.name}, {name} on the test rows"):
+                check_targets(trial.targets["test"], trial.labels)
         reason = ""
         if name == "linear_probe" and "train" not in trial.scored:
             reason = f"the data have no training rows (split {trial.protocol.train_split!r})"

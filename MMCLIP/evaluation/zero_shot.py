@@ -202,15 +202,27 @@ def scored_rows(
 
 
 def check_scorable(
-    rows: datasets.Dataset, labels: Sequence[str] | None = None, fully_labelled: Sequence[str] = ()
+    rows: datasets.Dataset,
+    labels: Sequence[str] | None = None,
+    fully_labelled: Sequence[str] = (),
+    unlisted_is_absent: bool | None = None,
 ) -> None:
     """Raises `ValueError` when [`evaluate_zero_shot`] would skip every label, for want of one of the two values."""
     kept, labels, _ = scored_rows(rows, labels)
-    targets, _ = label_matrix(kept, labels, fully_labelled=fully_labelled)
-    if not ((targets == 1).any(axis=0) & (targets == 0).any(axis=0)).any():
+    targets, _ = label_matrix(kept, labels, unlisted_is_absent, fully_labelled)
+    check_targets(targets, labels)
+
+
+def check_targets(targets: np.ndarray, labels: Sequence[str]) -> None:
+    """Raises `ValueError`, with the reason of each label, when none has a 1 and a 0 in its column of `targets` (n, F)."""
+    has = {"present": (targets == 1).any(axis=0), "absent": (targets == 0).any(axis=0)}
+    if not (has["present"] & has["absent"]).any():
+        lacking = [" and ".join(v for v, found in has.items() if not found[column]) for column in range(len(labels))]
+        named = ", ".join(f"{label} ({values} in none)" for label, values in zip(labels, lacking, strict=True))
         raise ValueError(
-            f"No label can be scored on the {len(kept)} rows to validate on: {', '.join(labels)} each need an image "
-            "with and one without. Add rows, or choose other labels."
+            f"No label can be scored on the {len(targets)} rows, as each needs an image with and one without: "
+            f"{named or 'the rows state none'}. Add rows, choose other labels, or say where a label that is not "
+            "listed is absent (`fully_labelled`)."
         )
 
 

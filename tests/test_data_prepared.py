@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,20 @@ def test_a_folder_that_is_not_finished_and_a_split_that_is_not_there_are_errors(
         read_manifest(tmp_path)
     with pytest.raises(ValueError, match="no row has the split 'validate'; the splits there are train, val, test"):
         read_manifest(folder, "validate")
+
+
+@pytest.mark.parametrize("damage", ["end", "pages"])
+def test_a_shard_that_cannot_be_read_is_named(folder, tmp_path, damage):
+    shutil.copytree(folder, tmp_path / "D")
+    shard = sorted((tmp_path / "D" / "train").glob("*.parquet"))[1]
+    content = bytearray(shard.read_bytes())
+    if damage == "end":
+        del content[-40:]
+    else:
+        content[4:60] = bytes(56)
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{shard.name}: the shard cannot be read \([^$]*Copy it anew, or prepare"):
+        read_manifest(tmp_path / "D", "train")
 
 
 def test_a_table_is_still_a_table(folder):

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import datasets
+import pyarrow
 import pyarrow.parquet as pq
 
 from .manifest import ENTITIES, FEATURES
@@ -48,7 +49,8 @@ def read_prepared(
     `FEATURES`, `pixel_hash`, `entities`, and `entities_by`, the fingerprint of the recogniser that found them. In rows
     of `fully_labelled` sources that have labels, each label that the source uses in any split and the row does not
     state becomes absent.
-    Raises ValueError for a folder whose preparation did not end, and for a split of which there is no row.
+    Raises ValueError for a folder whose preparation did not end, for a shard that cannot be read, and for a split of
+    which there is no row.
     """
     folder = Path(folder)
     if not (folder / INFO_FILE).is_file():
@@ -59,11 +61,26 @@ def read_prepared(
     if not wanted:
         there = ", ".join(name for name, found in paths.items() if found)
         raise ValueError(f"{folder}: no row has the split {split!r}; the splits there are {there}.")
-    rows = datasets.load_dataset("parquet", data_files=wanted, split="train", features=PREPARED_FEATURES)
+    try:
+        rows = datasets.load_dataset("parquet", data_files=wanted, split="train", features=PREPARED_FEATURES)
+    except datasets.exceptions.DatasetGenerationError:
+        _check_shards(wanted)
+        raise
     rows = rows.cast_column("image", datasets.Image(decode=False))
     rows = rows.select_columns([*FEATURES, "pixel_hash", "entities"])
     rows = rows.add_column("entities_by", [info["entities"]] * len(rows))
     return _complete_labels(rows, itertools.chain(*paths.values()), fully_labelled) if fully_labelled else rows
+
+
+def _check_shards(paths: Iterable[str]) -> None:
+    for path in paths:
+        try:
+            for _ in pq.ParquetFile(path).iter_batches():
+                pass
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(
+                f"{path}: the shard cannot be read ({error}). Copy it anew, or prepare the data again."
+            ) from error
 
 
 def _complete_labels(rows: datasets.Dataset, paths: Iterable[str], fully_labelled: Sequence[str]) -> datasets.Dataset:

@@ -20,6 +20,7 @@ from MMCLIP.evaluation import comparison, comparison_report, figures, report
 from MMCLIP.evaluation.checkpoints import check_checkpoint, load_checkpoint
 from MMCLIP.evaluation.controls import group_controls
 from MMCLIP.evaluation.embeddings import EmbeddingCache
+from MMCLIP.evaluation.linear_probe import check_fractions_and_seeds
 from MMCLIP.evaluation.protocols import EVALUATIONS, protocol, protocol_names
 
 
@@ -27,20 +28,44 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", required=True, metavar="[NAME=]FOLDER", help="may be repeated")
     parser.add_argument(
-        "--protocol", action="append", required=True, metavar="NAME[=PLACE]", help=", ".join(protocol_names())
+        "--protocol",
+        action="append",
+        required=True,
+        metavar="NAME[=PLACE]",
+        help=f"may be repeated; {', '.join(protocol_names())}, or a YAML file; phantom=NUMBER draws so many test "
+        "images, always the same; those to validate and train on do not change with it",
     )
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--evaluations", nargs="+", choices=EVALUATIONS, help="default: all that apply")
     parser.add_argument("--prompts", help="a prompt set or YAML file, in place of each protocol's own")
-    parser.add_argument("--fractions", nargs="+", type=float, default=[0.01, 0.1, 1.0], help="of training patients")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the subsets of training patients")
-    parser.add_argument("--num_bootstrap", type=int, default=1000, help="draws of patients for the 95 %% intervals")
-    parser.add_argument("--seed", type=int, default=0, help="of these draws and of the controls")
+    defaults = comparison.Options()
+    parser.add_argument(
+        "--fractions",
+        nargs="+",
+        type=float,
+        default=list(defaults.fractions),
+        help="shares of the training patients that a linear probe learns from (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=list(defaults.seeds),
+        help="each draws the shares of training patients anew (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--num_bootstrap",
+        type=int,
+        default=defaults.num_bootstrap,
+        help="draws of patients for the 95 %% intervals, 0 for none (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of these draws and of the controls (default: %(default)s)")
     parser.add_argument("--cache_dir", help="folder that keeps embeddings for the next command")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that read images")
+    parser.add_argument("--batch_size", type=int, default=defaults.batch_size, help="images (default: %(default)s)")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that read images (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
+    check_fractions_and_seeds(args.fractions, args.seeds)
     args.models = named(
         args.model, lambda folder: Path(folder).parent.name if Path(folder).name == "checkpoint" else Path(folder).name
     )
@@ -49,7 +74,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         name, _, place = entry.partition("=")
         key = Path(name).stem if name.endswith((".yaml", ".yml")) else name
         if key in args.trials:
-            key = entry
+            key = entry.replace("/", "_")  # also a folder's name
         args.trials[key] = (name, place)
     return args
 
@@ -90,6 +115,10 @@ def main(arguments: list[str] | None = None) -> None:
     for trial in trials.values():
         comparison.applicable(trial, options.evaluations)  # before the long part
 
+    for key in trials:  # no file of an earlier command stays beside the new report
+        for part, pattern in (("scores", "*.csv"), ("figures", "*.png")):
+            for old in (args.output_dir / part / key).glob(pattern):
+                old.unlink()
     results = {"models": {}, "trials": {}, **report.describe_command(), "options": dataclasses.asdict(options)}
     outcomes = {key: {} for key in trials}
     drawn = {key: [] for key in trials}

@@ -218,7 +218,7 @@ def test_the_script_evaluates_a_split_of_a_manifest(tmp_path, checkpoint, run_ze
         run_zero_shot(*shared, *one, "--prompts", "mien")
     with pytest.raises(ValueError, match="unknown label 'effussion'"):
         run_zero_shot(*shared, "--labels", "effussion", "--output_dir", tmp_path / "none")
-    with pytest.raises(ValueError, match=r"No label can be scored on the 5 rows.* edema \(present in none\)"):
+    with pytest.raises(ValueError, match=r"No label can be scored on the 5 rows.* edema \(no positive image\)"):
         run_zero_shot(*shared, "--labels", "edema", "--split", "test", "--output_dir", tmp_path / "none")
     assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="no config.json"):

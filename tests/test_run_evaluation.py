@@ -131,7 +131,7 @@ def test_rows_on_which_every_label_would_be_skipped_are_an_error_before_a_file_i
         return file, text, "pleural effusion", "edema" * (number == 1), patient, view, split, "fully"
 
     place = changed(home, "all_ill.csv", all_ill)
-    told = r"own, zero_shot on the test rows: No label .* pleural effusion \(absent in none\)"
+    told = r"own, zero_shot on the test rows: No label .* pleural effusion \(no negative image\)"
     with pytest.raises(ValueError, match=told):
         evaluate_table(home, place, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -172,6 +172,21 @@ def test_a_cache_folder_gives_the_same_numbers_again(home, tmp_path):
 def test_an_evaluation_asked_for_by_name_must_be_possible(home, tmp_path):
     with pytest.raises(ValueError, match="grounding cannot be measured, as no row has a mask or a box"):
         evaluate(home, tmp_path, "--evaluations", "grounding")
+
+
+@pytest.mark.parametrize("words", [("--fractions", "1.5"), ("--fractions", "0.1", "0.1"), ("--seeds", "1", "1")])
+def test_fractions_and_seeds_that_cannot_be_drawn_are_an_error_at_once(words):
+    with pytest.raises(ValueError, match=f"`{words[0][2:]}`"):
+        run_evaluation.main(["--model", "missing", "--protocol", "phantom", "--output_dir", "o", *words])
+
+
+def test_no_file_of_an_earlier_command_stays_beside_a_new_report(home, tmp_path):
+    old = [tmp_path / part / key for part in ("scores", "figures") for key in ("own/x.csv", "own/x.png", "other/x.csv")]
+    for path in old:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    evaluate(home, tmp_path, "--evaluations", "zero_shot")
+    assert [path.is_file() for path in old] == [False, True, True, True, False, True]
 
 
 def test_a_checkpoint_without_a_processor_is_an_error_that_says_so(home, tmp_path):

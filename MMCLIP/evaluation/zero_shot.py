@@ -213,12 +213,20 @@ def check_scorable(
     check_targets(targets, labels)
 
 
+def unscorable(targets: np.ndarray, labels: Sequence[str]) -> dict[str, str]:
+    """Label -> reason, for those that lack a 1 or a 0 in their column of `targets` (n, F)."""
+    found = {}
+    for label, column in zip(labels, targets.T, strict=True):
+        if lacking := [name for name, value in (("positive", 1), ("negative", 0)) if value not in column]:
+            found[label] = f"no {' and '.join(lacking)} image"
+    return found
+
+
 def check_targets(targets: np.ndarray, labels: Sequence[str]) -> None:
-    """Raises `ValueError`, with the reason of each label, when none has a 1 and a 0 in its column of `targets` (n, F)."""
-    has = {"present": (targets == 1).any(axis=0), "absent": (targets == 0).any(axis=0)}
-    if not (has["present"] & has["absent"]).any():
-        lacking = [" and ".join(v for v, found in has.items() if not found[column]) for column in range(len(labels))]
-        named = ", ".join(f"{label} ({values} in none)" for label, values in zip(labels, lacking, strict=True))
+    """Raises `ValueError`, with the reason of each label, when all are [`unscorable`]."""
+    reasons = unscorable(targets, labels)
+    if len(reasons) == len(labels):
+        named = ", ".join(f"{label} ({reason})" for label, reason in reasons.items())
         raise ValueError(
             f"No label can be scored on the {len(targets)} rows, as each needs an image with and one without: "
             f"{named or 'the rows state none'}. Add rows, choose other labels, or say where a label that is not "

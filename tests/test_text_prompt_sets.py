@@ -177,3 +177,13 @@ def test_texts_of_a_set_are_told_apart_by_label():
     for name in prompt_set_names():
         for (first, one), (second, other) in itertools.combinations(prompt_set(name).prompts.items(), 2):
             assert not set(one[0]) & set(other[0]), (name, first, second)
+
+
+def test_a_key_that_stands_twice_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "twice.yaml").write_text("labels:\n  edema: {positive: [x]}\n  edema: {positive: [y]}\n")
+    with pytest.raises(ValueError, match="twice.yaml cannot be read.*the key 'edema' stands twice, again in line 3"):
+        prompt_set(str(tmp_path / "twice.yaml"))
+    (tmp_path / "merged.yaml").write_text(
+        "labels:\n  edema: &shared {positive: [x]}\n  mass: {<<: *shared, positive: [y]}\n"
+    )
+    assert prompt_set(str(tmp_path / "merged.yaml")).prompts["mass"][0] == ("y",)

@@ -118,11 +118,27 @@ def load_prompt_set(path: str | os.PathLike) -> PromptSet:
     return _read_set(read_yaml(path, "prompts", f"the keys {', '.join(_KEYS)}"), str(path))
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice in one mapping is an error, where SafeLoader keeps the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = getattr(key_node, "value", None)
+            if isinstance(key, str) and key != "<<" and key in seen:
+                raise yaml.YAMLError(f"the key {key!r} stands twice, again in line {key_node.start_mark.line + 1}.")
+            seen.add(str(key))
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | os.PathLike, what: str, expected: str) -> dict:
-    """The keys of a YAML file of one's own, with `name` and `source` from the file where it gives none."""
+    """The keys of a YAML file of one's own, with `name` and `source` from the file where it gives none.
+
+    Raises ValueError for a file that is not there, is no YAML, or has a key twice.
+    """
     path = Path(path)
     try:
-        entry = yaml.safe_load(path.read_text(encoding="utf-8"))
+        entry = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except FileNotFoundError:
         raise ValueError(f"There is no file {path} with {what}.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

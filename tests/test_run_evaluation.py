@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,37 @@ def test_rows_on_which_every_label_would_be_skipped_are_an_error_before_a_file_i
         evaluate_table(home, place, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     evaluate_table(home, place, tmp_path / "out", "own", "--evaluations", "retrieval")
+
+
+def test_the_report_says_what_its_numbers_rest_on(home, tmp_path):
+    def rare(number, file, text, present, absent, patient, view, split, source):
+        if number == 2:  # a test row without a label
+            return file, text, "", "", patient, view, split, source
+        if number == 8:
+            present, absent = "mass", "edema"  # mass: one test image; edema: none
+        return file, text, present, absent, patient, view, split, source
+
+    trial, report = evaluate_table(home, changed(home, "rare.csv", rare), tmp_path)
+    counts = trial["data"]["num_unlisted_is_absent"]
+    assert counts["test"] == 2 and "counts as absent: 2 test" in report
+    assert "without an image or a label: 1 test" in report
+    assert "- labels skipped, 1: edema (no positive image)" in report
+    used = trial["models"]["a"]["zero_shot"]["num_bootstrap_macro"]
+    assert used < 20 and f"{used} of 20 draws, in which every label has" in report
+    assert "Labels without a threshold, as validation rows lack one of their values: mass." in report
+
+
+def test_differences_are_sorted_and_told_to_be_many_and_without_a_bootstrap_nothing_is_said_of_intervals(
+    home, tmp_path
+):
+    results = evaluate(home, tmp_path, "--fractions", "1", "0.5", "0.25", "--evaluations", "linear_probe", "retrieval")
+    names = list(results["trials"]["own"]["differences"]["a - b"])
+    assert names == [f"linear_probe at {percent} %, seed 0" for percent in (25, 50, 100)] + ["retrieval"]
+    report = (tmp_path / "report.md").read_text()
+    assert re.search(r"These are \d+ comparisons, and neither p nor intervals are corrected", report)
+    evaluate(home, tmp_path, "--num_bootstrap", "0")
+    report = (tmp_path / "report.md").read_text()
+    assert "interval" not in report and "(95 %)" not in report and "| p |" not in report
 
 
 def test_the_hash_of_the_data_covers_labels_and_patients(home):

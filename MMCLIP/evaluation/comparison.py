@@ -34,6 +34,7 @@ from .zero_shot import (
     label_matrix,
     patient_names,
     scored_rows,
+    unscorable,
 )
 
 
@@ -60,7 +61,8 @@ class Trial:
     """One protocol on one data set.
 
     `rows` maps roles to all their rows, `scored` to those with an image and a label, whose `targets` are (n, F) of
-    1 present, 0 absent, -100 unknown; under a multi-class protocol (n,) class numbers. `test` is always there.
+    1 present, 0 absent, -100 unknown; under a multi-class protocol (n,) class numbers. `test` is always there. In
+    `num_unlisted_is_absent` of the scored rows a label that the row does not name counts as absent.
     """
 
     protocol: Protocol
@@ -72,6 +74,7 @@ class Trial:
     scored: dict[str, datasets.Dataset]
     targets: dict[str, np.ndarray]
     patients: dict[str, list[str]]
+    num_unlisted_is_absent: dict[str, int] = field(default_factory=dict)
 
     @property
     def is_multi_class(self) -> bool:
@@ -97,7 +100,7 @@ def load_trial(protocol: Protocol, place: str, prompts: str | None = None) -> Tr
     rows = {role: protocol_rows(protocol, place, role) for role in ROLES}
     rows = {role: part for role, part in rows.items() if part is not None}
     chosen = prompt_set(prompts or protocol.prompts)
-    scored, targets, patients = {}, {}, {}
+    scored, targets, patients, num_by_rule = {}, {}, {}, {}
     labels, unused = list(protocol.labels) or None, []
     for role, part in rows.items():
         with _named(f"{protocol.name}, {role} rows"):
@@ -110,10 +113,11 @@ def load_trial(protocol: Protocol, place: str, prompts: str | None = None) -> Tr
             if protocol.task == "multi-class":
                 targets[role] = class_targets(scored[role], labels)
             else:
-                complete = protocol.fully_labelled
-                targets[role], _ = label_matrix(scored[role], labels, protocol.unlisted_is_absent, complete)
+                targets[role], num_by_rule[role] = label_matrix(
+                    scored[role], labels, protocol.unlisted_is_absent, protocol.fully_labelled
+                )
         patients[role] = patient_names(scored[role])
-    return Trial(protocol, place, chosen, labels, unused, rows, scored, targets, patients)
+    return Trial(protocol, place, chosen, labels, unused, rows, scored, targets, patients, num_by_rule)
 
 
 @contextlib.contextmanager
@@ -140,8 +144,10 @@ def describe_trial(trial: Trial) -> dict:
         "data_hash": rows_fingerprint(trial.scored["test"], *truth),
         "labels": trial.labels,
         "unused_labels": trial.unused_labels,
+        "skipped": {} if trial.is_multi_class else unscorable(trial.targets["test"], trial.labels),
         "num_rows": {role: len(part) for role, part in trial.rows.items()},
         "num_scored": {role: len(part) for role, part in trial.scored.items()},
+        "num_unlisted_is_absent": trial.num_unlisted_is_absent,
         "num_patients": bootstrap.count_patients(trial.patients["test"]),
         "prompts": {
             "name": trial.prompts.name,
@@ -300,7 +306,7 @@ def compare_models(trial: Trial, first: Outcome, second: Outcome, options: Optio
                 **draws,
             )
     compare = bootstrap.compare_multiclass if trial.is_multi_class else bootstrap.compare_models
-    for key in first.linear_probe.keys() & second.linear_probe.keys():
+    for key in sorted(first.linear_probe.keys() & second.linear_probe.keys()):
         name = f"linear_probe at {100 * key[0]:g} %, seed {key[1]}"
         differences[name] = compare(
             targets, first.linear_probe[key], second.linear_probe[key], trial.labels, patients, **draws

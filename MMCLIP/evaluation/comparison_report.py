@@ -110,7 +110,8 @@ def write_report(path: Path, results: Mapping, drawn: Mapping[str, Sequence[Path
     lines += [f"- command: `{results['command']}`"]
     lines += [f"- {name}: `{entry['path']}`, hash `{entry['hash']}`" for name, entry in results["models"].items()]
     lines += ["- versions: " + ", ".join(f"{name} {version}" for name, version in results["versions"].items())]
-    lines += ["", "Values are given with 95 % bootstrap intervals over patients. Research only, no diagnosis."]
+    intervals = "Values are given with 95 % bootstrap intervals over patients. "
+    lines += ["", f"{intervals if results['options']['num_bootstrap'] else ''}Research only, no diagnosis."]
     for name, trial in results["trials"].items():
         lines += ["", f"## {name}", "", *_about(trial)]
         for section in (
@@ -142,6 +143,14 @@ def _about(trial: Mapping) -> list[str]:
         f"- prompts: `{data['prompts']['name']}` ({data['prompts']['source']}), pooled by "
         f"`{data['prompts']['pooling']}`; word for word in metrics.json",
     ]
+    left_out = {role: data["num_rows"][role] - count for role, count in data["num_scored"].items()}
+    if named := ", ".join(f"{count} {role}" for role, count in left_out.items() if count):
+        lines.append(f"- rows left out of the scores, without an image or a label: {named}")
+    if named := ", ".join(f"{count} {role}" for role, count in data["num_unlisted_is_absent"].items() if count):
+        lines.append(f"- images in which a label that is not listed counts as absent: {named}")
+    if data["skipped"]:
+        named = ", ".join(f"{label} ({reason})" for label, reason in data["skipped"].items())
+        lines.append(f"- labels skipped, {len(data['skipped'])}: {named}")
     if data["published_prompts"]:
         lines.append(f"- prompts published for it, to choose with --prompts: {', '.join(data['published_prompts'])}")
     if data["unused_labels"]:
@@ -182,13 +191,21 @@ def _headline(trial: Mapping) -> list[str]:
     lines = ["", "### Zero-shot", "", markdown_table(["model", *titles], rows)]
     values = next(iter(part.values()))
     notes = [f"{values['num_images']} images."]
-    if values.get("skipped"):
-        named = ", ".join(f"{entry['name']} ({entry['reason']})" for entry in values["skipped"])
-        notes.append(f"Skipped, {values['num_skipped']} labels: {named}.")
+    asked, used = values["num_bootstrap"], values.get("num_bootstrap_macro")
     if values["interval_reason"]:
-        notes.append(f"There are no intervals: {values['interval_reason']}.")
+        if asked:
+            notes.append(f"There are no intervals: {values['interval_reason']}.")
+    elif used is not None and used < asked:
+        rests = "rests on" if values["macro_auroc_ci"] else "is left out, as it would rest on"
+        notes.append(
+            f"The interval of the macro AUROC {rests} {used} of {asked} draws, in which every label has present and "
+            "absent images."
+        )
     if any("threshold" in inner for inner in values["per_class"].values()):
         notes.append("Thresholds come from the validation rows, and so does a temperature.")
+        if values["no_threshold"]:
+            named = ", ".join(values["no_threshold"])
+            notes.append(f"Labels without a threshold, as validation rows lack one of their values: {named}.")
     elif values["per_class"] and trial["data"]["task"] == "multi-label":
         reason = "no label scored here has both values among the validation rows"
         if not trial["data"]["num_scored"].get("validation"):
@@ -268,7 +285,11 @@ def _retrieval(trial: Mapping) -> list[str]:
 
 def _grounding(trial: Mapping) -> list[str]:
     part = _part(trial, "grounding")
-    return ["", "### Grounding", "", grounding_table(part)] if part else []
+    about = (
+        "Controls: other finding, the map of a finding that the image lacks; patch length, the length of the projected "
+        "patches, without any text; prior, where the finding lies on average in all other patients, without the image."
+    )
+    return ["", "### Grounding", "", grounding_table(part), "", about] if part else []
 
 
 def _negation(trial: Mapping) -> list[str]:
@@ -314,7 +335,12 @@ def _differences(trial: Mapping) -> list[str]:
     if not rows:
         return []
     lines = ["", "### Differences, on the same patients", ""]
-    lines.append(markdown_table(["models", "evaluation", "measure", "difference (95 %)", "p"], rows))
+    num_tests = sum(row[-1] != "n/a" for row in rows)
+    if num_tests:
+        lines.append(markdown_table(["models", "evaluation", "measure", "difference (95 %)", "p"], rows))
+        lines += ["", f"These are {num_tests} comparisons, and neither p nor intervals are corrected for so many."]
+    else:
+        lines.append(markdown_table(["models", "evaluation", "measure", "difference"], [row[:-1] for row in rows]))
     if "retrieval" in {row[1] for row in rows}:
         lines += ["", "Of the median rank less is better: there a difference below 0 is in favour of the first model."]
     return lines

@@ -174,7 +174,8 @@ def retrieval_table(models: Mapping[str, Mapping]) -> str:
             cells = (number_cell(values[name], values[f"{name}_ci"]) for name in MEASURES)
             rows.append([f"{model}, {title}" if model else title, *cells])
         rows.append(["chance", *(number_cell(values[f"{name}_chance"]) for name in MEASURES)])
-    header = ["search, and what is a hit", *(f"Recall@{depth} (95 %)" for depth in DEPTHS), "median rank (95 %)"]
+    told = " (95 %)" if values[f"{MEASURES[0]}_ci"] else ""
+    header = ["search, and what is a hit", *(f"Recall@{depth}{told}" for depth in DEPTHS), f"median rank{told}"]
     return markdown_table(header, rows)
 
 

@@ -184,6 +184,10 @@ def test_the_script_evaluates_phantoms_with_grounding_and_training_numbers(tmp_p
     assert metrics["command"].endswith(f"--output_dir {tmp_path}") and metrics["versions"]["torch"] == torch.__version__
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"roc.png", "heatmaps.png", "loss_curves.png"}
     assert "**mean of" in capsys.readouterr().out
+    report_text = (tmp_path / "report.md").read_text()
+    controls = metrics["grounding"]["controls"]
+    assert all(f"{control.replace('_', ' ')}, " in report.GROUNDING_CONTROLS for control in controls)
+    assert report.GROUNDING_CONTROLS in report_text
 
 
 def test_the_script_evaluates_a_split_of_a_manifest(tmp_path, checkpoint, run_zero_shot, capsys):

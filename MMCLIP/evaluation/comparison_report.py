@@ -9,6 +9,7 @@ import numpy as np
 from . import figures
 from .comparison import Outcome, Trial
 from .report import (
+    GROUNDING_CONTROLS,
     TITLES,
     caution_lines,
     controls_lines,
@@ -88,7 +89,8 @@ def draw(folder: Path, trial: Trial, outcomes: Mapping[str, Outcome]) -> list[Pa
             m: {name: (values["auroc"], values["auroc_ci"]) for name, values in r["per_class"].items()}
             for m, r in results.items()
         }
-        drawn.append(figures.plot_bars(areas, folder / "bars.png", "AUROC (95 % interval)"))
+        title = "AUROC (95 % interval)" if any(ci for part in areas.values() for _, ci in part.values()) else "AUROC"
+        drawn.append(figures.plot_bars(areas, folder / "bars.png", title))
     if all(negative for _, negative in trial.prompts.texts(trial.labels)):
         temperatures = {m: r["temperature"] for m, r in results.items() if "temperature" in r}
         drawn.append(figures.plot_calibration(predictions, temperatures, folder / "calibration.png"))
@@ -285,11 +287,7 @@ def _retrieval(trial: Mapping) -> list[str]:
 
 def _grounding(trial: Mapping) -> list[str]:
     part = _part(trial, "grounding")
-    about = (
-        "Controls: other finding, the map of a finding that the image lacks; patch length, the length of the projected "
-        "patches, without any text; prior, where the finding lies on average in all other patients, without the image."
-    )
-    return ["", "### Grounding", "", grounding_table(part), "", about] if part else []
+    return ["", "### Grounding", "", grounding_table(part), "", GROUNDING_CONTROLS] if part else []
 
 
 def _negation(trial: Mapping) -> list[str]:

@@ -144,6 +144,12 @@ def zero_shot_table(zero_shot: Mapping) -> str:
     return markdown_table(["finding", "AUROC (95 %)", "average precision (95 %)", "present", "absent"], rows)
 
 
+GROUNDING_CONTROLS = (
+    "Controls: other finding, the map of a finding that the image lacks; patch length, the length of the projected "
+    "patches, without any text; prior, where the finding lies on average in all other patients, without the image."
+)
+
+
 def grounding_table(models: Mapping[str, Mapping]) -> str:
     """A Markdown table of heat maps, of each model: all lesions, its controls, each finding; then chance."""
     columns, rows = ("heatmap_auroc", "average_precision", "pointing_game"), []
@@ -238,7 +244,7 @@ def write_markdown(output_dir: str | Path, results: Mapping, figures: Sequence[P
     if "grounding" in results:
         grounding = results["grounding"]
         lines += ["", "## Grounding", "", grounding_table({"all": grounding}), ""]
-        lines.append("Text-to-patch attention against the true masks and boxes.")
+        lines.append(f"Text-to-patch attention against the true masks and boxes. {GROUNDING_CONTROLS}")
     if "train" in results:
         speed = "{seconds:.0f} s, {samples_per_second:.1f} samples a second.".format_map(results["train"])
         lines += ["", "## Training", "", speed]

@@ -234,9 +234,10 @@ def count_masked(texts: dict[str, str], found: dict[str, list[Entity]], batch_si
     transformers.logging.set_verbosity_error()  # the longest reports are cut
     collator = MMCLIPCollator(MMCLIPProcessor(), num_patches=1, for_trainer=True)
     samples = [
-        {"image": None, "text": text, "entities": found[uid], "present": [], "absent": [], "sample_seed": (0, 0, index)}
+        {"row_id": uid, "image": None, "text": text, "entities": found[uid], "present": [], "absent": [],
+         "sample_seed": (0, 0, index)}
         for index, (uid, text) in enumerate(texts.items())
-    ]
+    ]  # fmt: skip
     batches = (collator(samples[start : start + batch_size]) for start in range(0, len(samples), batch_size))
     counted = sum(batch["masking_counts"].sum(dim=0) for batch in batches).tolist()
     counts = dict(zip(MASKING_COUNTS, counted, strict=True))

@@ -50,7 +50,7 @@ setup(
     install_requires=[
         "torch>=2.6",  # the models; SDPA and all_gather as used here
         "transformers>=5.17,<6",  # PreTrainedModel, ProcessorMixin, Trainer
-        "accelerate>=1.1",  # launches and distributes the Trainer
+        "accelerate>=1.10",  # launches and distributes the Trainer; FSDP2 as used here
         "datasets>=4.0",  # manifests, phantoms and their caches
         "evaluate>=0.4",  # the metrics are evaluate.Metric subclasses
         "safetensors>=0.4.3",  # the only format of weights

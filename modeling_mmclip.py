@@ -80,15 +80,14 @@ def count_per_process(count: Tensor) -> Tensor:
     """
     count = count.float()
     if _num_processes() > 1:
-        count = count.clone()
+        count = count / _num_processes()  # a tensor of its own, which the sum may be written into
         torch.distributed.all_reduce(count)
-        count = count / _num_processes()
     return count
 
 
-def _mean_over_processes(total: Tensor, count: Tensor | float) -> Tensor:
+def _mean_over_processes(total: Tensor, count: Tensor) -> Tensor:
     """`total` over a count of [`count_per_process`]; 0, not NaN, where nothing is counted."""
-    return total / torch.as_tensor(count, device=total.device).clamp(min=1 / _num_processes())
+    return total / count.clamp(min=1 / _num_processes())
 
 
 def _cross_entropies(logits: Tensor, positives: Tensor) -> Tensor:

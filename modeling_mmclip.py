@@ -4,6 +4,7 @@ import difflib
 import inspect
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers import initialization as init
-from transformers.image_processing_base import ImageProcessingMixin
+from transformers.image_processing_base import BatchFeature, ImageProcessingMixin
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
@@ -882,7 +883,8 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
 
         `images` is a path, PIL image or array, `texts` a string, or each a list of them; one left out gives None.
         Their dot product is the cosine similarity. Works in evaluation mode and leaves the model in the mode it was.
-        Raises `ValueError` for an image that cannot be read, naming it.
+        Images are read ahead, on as many threads as torch uses. Raises `ValueError` for one that cannot be read, naming
+        it.
         """
         if images is None and texts is None:
             raise ValueError("`encode` needs an image, a text or both, but got neither.")
@@ -890,22 +892,44 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
         with evaluating(self):
             if images is not None:
                 images = list(images) if isinstance(images, (list, tuple)) else [images]
-                image_features = self._encode_batches(
-                    images, batch_size, lambda batch: self.processor(images=batch), self.get_image_features
-                )
+                batches = self._prepared_images(images, batch_size)
+                image_features = self._encode_batches(batches, self.get_image_features)
             if texts is not None:
                 texts = list(texts) if isinstance(texts, (list, tuple)) else [texts]
-                text_features = self._encode_batches(
-                    texts, batch_size, lambda batch: self.processor(text=batch), self.get_text_features
-                )
+                parts = (texts[start : start + batch_size] for start in range(0, len(texts), batch_size))
+                batches = (self.processor(text=part) for part in parts)
+                text_features = self._encode_batches(batches, self.get_text_features)
         return image_features, text_features
 
-    def _encode_batches(self, items: list, batch_size: int, prepare, encode) -> Tensor:
-        if not items:
+    def _prepared_images(self, images: list, batch_size: int):
+        """Batches of `pixel_values` in order, each read on as many threads as torch uses while the last is encoded."""
+        processor = self.processor  # loaded here, once
+
+        def prepare(index, image):
+            try:
+                return processor(images=image)["pixel_values"]
+            except ValueError as error:
+                raise ValueError(f"image {index}: {error}" if len(images) > 1 else str(error)) from error
+
+        def submit(start):
+            # one picture given twice is read once: Pillow decodes an open file lazily, and not from two threads
+            futures = {}
+            for index, image in enumerate(images[start : start + batch_size], start):
+                if id(image) not in futures:
+                    futures[id(image)] = pool.submit(prepare, index, image)
+            return [futures[id(image)] for image in images[start : start + batch_size]]
+
+        with ThreadPoolExecutor(max(torch.get_num_threads(), 1)) as pool:
+            waiting = submit(0)
+            for start in range(batch_size, len(images) + batch_size, batch_size):
+                pixel_values = torch.cat([future.result() for future in waiting])
+                waiting = submit(start)
+                yield BatchFeature({"pixel_values": pixel_values})
+
+    def _encode_batches(self, batches, encode) -> Tensor:
+        features = [encode(**batch.to(self.device)).pooler_output for batch in batches]
+        if not features:
             return torch.empty(0, self.config.projection_dim, device=self.device, dtype=self.dtype)
-        features = []
-        for start in range(0, len(items), batch_size):
-            features.append(encode(**prepare(items[start : start + batch_size]).to(self.device)).pooler_output)
         return torch.cat(features)
 
     # ------------------------------------------------------------------------------------------- from pretrained towers

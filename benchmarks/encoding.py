@@ -2,9 +2,9 @@
 
 `MMCLIPModel.encode` (ViT-B/16 and BERT-base) beside `CLIPProcessor` and transformers' `CLIPModel` with towers of the
 same width and depth, which take three channels; both untrained, both with Pillow underneath and in evaluation mode. The
-pictures are grey ones in memory, of 1,024 x 1,250 and of 256 x 313 pixels, the texts reports of phantoms, cut by the
-same tokenizer. CLIP's texts are padded to the longest, as ours are, and to 77 tokens, as CLIP was trained. What is
-compared runs in turns. On a GPU all is in bf16. `--quick` only shows that it runs.
+pictures are grey ones in memory, of 2,544 x 3,105 (about a film of MIMIC-CXR), 1,024 x 1,250 and 256 x 313 pixels, the
+texts reports of phantoms, cut by the same tokenizer. CLIP's texts are padded to the longest, as ours are, and to 77
+tokens, as CLIP was trained. What is compared runs in turns. On a GPU all is in bf16. `--quick` only shows that it runs.
 """
 
 import time
@@ -21,7 +21,7 @@ from MMCLIP import MMCLIPConfig, MMCLIPImageProcessor, MMCLIPModel, MMCLIPProces
 from MMCLIP.data.phantom import phantom_row
 
 
-SIDES = (1024, 256)  # shorter side of the pictures
+SIDES = (2544, 1024, 256)  # shorter side of the pictures
 MAX_LENGTH = 77  # tokens that CLIP takes
 TOWERS = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 QUICK_TOWERS = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 256}

@@ -1,6 +1,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_batch, tiny_config
@@ -19,7 +20,10 @@ from MMCLIP.modeling_mmclip import (
     prompt_logits,
     select_masked_patches,
 )
+from PIL import Image
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, BertTokenizerFast, ViTConfig, ViTModel
+
+from MMCLIP import MMCLIPImageProcessor, MMCLIPProcessor
 
 
 ONE = torch.tensor(1.0)
@@ -285,6 +289,32 @@ def test_encode_after_pretrained_towers_uses_the_tokenizer_of_the_text_tower_and
     torch.testing.assert_close(found, expected)
     black = model.processor(images=torch.zeros(1, 8, 8))["pixel_values"]
     assert black.unique().tolist() == [-0.5]
+
+
+def encoder() -> MMCLIPModel:
+    model = MMCLIPModel(tiny_config(vocab_size=6144))
+    processor = MMCLIPProcessor(MMCLIPImageProcessor(size=32))
+    processor.tokenizer.model_max_length = 64
+    model.processor = processor
+    return model
+
+
+def test_encode_reads_ahead_in_order_and_takes_one_open_file_several_times(tmp_path):
+    draws = np.random.default_rng(0)
+    paths = [str(tmp_path / f"{number}.png") for number in range(5)]
+    for path in paths:
+        Image.fromarray(draws.integers(0, 256, (90, 70), dtype=np.uint8)).save(path)
+    model = encoder()
+    one_by_one = torch.cat([model.encode(path)[0] for path in paths])
+    torch.testing.assert_close(model.encode(paths, batch_size=2)[0], one_by_one)
+    opened = Image.open(paths[0])  # decoded when it is first read
+    torch.testing.assert_close(model.encode([opened] * 3, batch_size=2)[0], one_by_one[:1].expand(3, -1))
+
+
+def test_encode_names_the_image_of_a_later_batch_that_it_cannot_read():
+    images = [np.zeros((8, 8), dtype=np.uint8)] * 4 + [np.zeros(3)]
+    with pytest.raises(ValueError, match="^image 4: .*3"):
+        encoder().encode(images, batch_size=2)
 
 
 def test_pretrained_towers_are_taken_over_and_folded(tmp_path):

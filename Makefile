@@ -29,7 +29,8 @@ lint: setup
 demo: setup
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 2 \
 		examples/run_pretrain.py examples/configs/phantom_tiny.yaml --output_dir outputs/demo
-	$(BIN)/python examples/run_zero_shot.py --model outputs/demo/checkpoint --phantoms 1000 --output_dir outputs/demo
+	$(BIN)/python examples/run_zero_shot.py --model outputs/demo/checkpoint --phantoms 1000 --calibration_phantoms 500 \
+		--output_dir outputs/demo
 
 clean:
 	rm -rf build dist *.egg-info outputs

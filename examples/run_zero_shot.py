@@ -2,6 +2,10 @@
 
 python examples/run_zero_shot.py --model outputs/demo/checkpoint --phantoms 1000 --output_dir outputs/demo
 python examples/run_zero_shot.py --model X/checkpoint --manifest metadata.csv --split test --output_dir Y
+python examples/run_zero_shot.py --model X/checkpoint --manifest metadata.csv --split test --calibration_split val \\
+    --output_dir Y
+
+The last also fits on the split val how a score becomes a probability, and writes it to Y/calibration.json.
 """
 
 import argparse
@@ -13,8 +17,9 @@ import torch
 from MMCLIP.evaluation import figures, report
 from MMCLIP.evaluation.checkpoints import check_checkpoint, load_checkpoint
 from MMCLIP.evaluation.grounding import heatmap_auroc
+from MMCLIP.evaluation.probabilities import fit_calibration
 from MMCLIP.evaluation.protocols import overlap_cautions
-from MMCLIP.evaluation.zero_shot import check_scorable, evaluate_zero_shot
+from MMCLIP.evaluation.zero_shot import check_scorable, evaluate_zero_shot, scored_rows
 from MMCLIP.text.prompt_sets import prompt_set, prompt_set_names
 
 
@@ -26,6 +31,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--phantoms", type=int, help="number of made-up radiographs, of the held-out stream")
     parser.add_argument("--split", help="evaluate only this split of the manifest")
     parser.add_argument("--phantom_size", type=int, default=128, help="side of a made-up radiograph in pixels")
+    parser.add_argument("--calibration_split", help="fit probabilities on this split of the manifest: calibration.json")
+    parser.add_argument("--calibration_phantoms", type=int, help="the same on so many validation phantoms")
     parser.add_argument("--labels", help="comma-separated; default: all that the rows name")
     parser.add_argument("--fully_labelled", default="", help="comma-separated sources in which unlisted is absent")
     parser.add_argument(
@@ -43,8 +50,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train_results", help="train_results.json of the run; default: searched beside the model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
-    if args.phantoms is not None and (args.split or args.fully_labelled):
-        parser.error("--split and --fully_labelled are for --manifest; phantoms are held out and have all labels")
+    if args.phantoms is not None and (args.split or args.fully_labelled or args.calibration_split):
+        parser.error("--split, --calibration_split and --fully_labelled are for --manifest; phantoms have all labels")
+    if args.calibration_phantoms is not None and args.phantoms is None:
+        parser.error("--calibration_phantoms goes with --phantoms; for a manifest there is --calibration_split")
+    if args.calibration_split and args.split in (None, args.calibration_split):
+        parser.error("--calibration_split must be another split than --split, or probabilities are tested on their fit")
     return args
 
 
@@ -54,32 +65,53 @@ def main(arguments: list[str] | None = None) -> None:
     prompts = prompt_set(args.prompts)  # before the long part, as is the next
     train, log_history = report.read_train_results(args.model, args.train_results)
     sources = tuple(filter(None, args.fully_labelled.split(",")))
+    validation = None
     if args.manifest:
         from MMCLIP.data.prepared import read_manifest
 
-        rows = read_manifest(args.manifest, args.split, drop_unlabelled=True, fully_labelled=sources)
+        def read(split: str | None):
+            return read_manifest(args.manifest, split, drop_unlabelled=True, fully_labelled=sources)
+
+        rows = read(args.split)
         data = f"{args.manifest}, split {args.split or 'all'}, {len(rows)} rows"
+        if args.calibration_split:
+            validation = read(args.calibration_split)
+            sources_named = ", ".join(filter(None, sorted(validation.unique("source")))) or "a table"
+            fitted_on = f"split {args.calibration_split} of {sources_named}"  # no path: it may be published
     else:
         from MMCLIP.data.phantom import phantom_dataset
 
         rows = phantom_dataset(args.phantoms, size=args.phantom_size, split="test")
         data = f"{args.phantoms} phantoms of the held-out stream, {args.phantom_size} px"
+        if args.calibration_phantoms:
+            validation = phantom_dataset(args.calibration_phantoms, size=args.phantom_size, split="val")
+            fitted_on = "phantoms of the validation stream"
     labels = args.labels.split(",") if args.labels else None
     check_scorable(rows, labels, sources, args.unlisted_is_absent)
     model, processor = load_checkpoint(args.model, args.device)
 
-    shared = {"batch_size": args.batch_size, "num_bootstrap": args.num_bootstrap, "num_workers": args.num_workers}
+    absence = {"unlisted_is_absent": args.unlisted_is_absent, "fully_labelled": sources}
+    reading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    shared = {"num_bootstrap": args.num_bootstrap, **reading}
+    calibration = None
+    if validation is not None:
+        named = scored_rows(rows, labels)[1]
+        fit = {"data": fitted_on, "progress": "calibration", **absence, **reading}
+        calibration = fit_calibration(model, processor, validation, named, prompts, **fit)
     results, predictions = evaluate_zero_shot(
         model,
         processor,
         rows,
         labels=labels,
-        unlisted_is_absent=args.unlisted_is_absent,
-        fully_labelled=sources,
         prompts=prompts,
         progress="zero-shot",
+        **absence,
         **shared,
     )
+    if calibration is not None:
+        calibration = calibration.tested_on(predictions)
+        results["calibration"] = calibration.summary()
+        calibration.save(args.output_dir)
     pictures = Path(args.output_dir) / "figures"
     drawn = [figures.plot_roc({"model": predictions}, pictures / "roc.png")]
     if any(rows["masks"]):
@@ -95,6 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
     report.write_metrics(args.output_dir, results)
     markdown = report.write_markdown(args.output_dir, results, drawn)
     print(report.zero_shot_table(results["zero_shot"]), "", *report.caution_lines(results["overlaps"]), sep="\n")
+    if calibration is not None:
+        print("\n" + report.calibration_line(results["calibration"]))
     if "grounding" in results:
         print(f"\nheat-map AUROC {results['grounding']['heatmap_auroc']:.3f}")
     print(f"\nmodel: {args.model}\ntable: {markdown}, metrics.json and predictions.csv beside it\npictures: {pictures}")

@@ -8,6 +8,7 @@ from MMCLIP.evaluation.calibration import (
     bin_numbers,
     brier_score,
     expected_calibration_error,
+    fit_platt,
     fit_temperature,
     reliability_curve,
 )
@@ -131,3 +132,36 @@ def test_a_temperature_of_bad_margins_is_refused():
             fit_temperature(np.array(labels), np.array(margins))
     with pytest.raises(ValueError, match="at least 1"):
         expected_calibration_error([1, 0], [0.5, 0.5], num_bins=0)
+
+
+def test_platt_is_a_logistic_regression_on_softened_targets():
+    labels, margins = _problem(600, sharpness=5)
+    margins = margins + 3  # a shift that no temperature takes back
+    present, absent = (labels == 1).sum(), (labels == 0).sum()
+    high, low = (present + 1) / (present + 2), 1 / (absent + 2)
+    # a softened target is a share of the weight of an image, present so far and absent for the rest
+    targets = np.where(labels == 1, high, low)
+    regression = LogisticRegression(C=np.inf, tol=1e-12, solver="newton-cholesky").fit(
+        np.concatenate([margins, margins])[:, None],
+        np.repeat([1, 0], len(labels)),
+        sample_weight=np.concatenate([targets, 1 - targets]),
+    )
+    slope, intercept = fit_platt(np.append(labels, -100), np.append(margins, np.nan))
+    assert slope == pytest.approx(regression.coef_[0, 0], rel=1e-5)
+    assert intercept == pytest.approx(regression.intercept_[0], rel=1e-5)
+    assert 0.15 < slope < 0.25 and intercept == pytest.approx(-3 * slope, abs=0.25)
+
+
+def test_platt_stays_finite_where_order_is_perfect_and_flat_where_it_is_no_better_than_none():
+    labels, margins = np.array([1, 1, 0, 0, 0]), np.array([3.0, 2.0, -1.0, -2.0, -3.0])
+    slope, intercept = fit_platt(labels, margins)
+    assert 0 < slope < 10 and _sigmoid(slope * 3 + intercept) < 1
+    slope, intercept = fit_platt(labels, -margins)  # the wrong way round: no finding is held against itself
+    mean = (2 * 3 / 4 + 3 * 1 / 5) / 5
+    assert slope == 0 and _sigmoid(intercept) == pytest.approx(mean, abs=1e-6)
+    assert fit_platt(labels, 0 * margins) == (0, pytest.approx(np.log(mean / (1 - mean))))
+
+
+def test_platt_needs_both_labels():
+    with pytest.raises(ValueError, match="3 images are present and 0 are absent"):
+        fit_platt(np.array([1, 1, 1, -100]), np.arange(4.0))

@@ -1,4 +1,4 @@
-"""Calibration: how far probabilities can be taken at their word, and the temperature that mends them. NumPy, SciPy.
+"""Calibration: how far probabilities can be taken at their word, and the fits that mend them. NumPy, SciPy.
 
 Probabilities are P(present). They are sorted into `num_bins` bins of equal width, (0, 1/15], (1/15, 2/15], ...; 0 lies
 in the first. This is the binning of scikit-learn's `calibration_curve`. The expected calibration error (ECE) is the
@@ -86,6 +86,23 @@ def brier_score(labels: np.ndarray, probabilities: np.ndarray) -> float:
     return float(np.mean((probabilities[known] - labels[known]) ** 2)) if known.any() else float("nan")
 
 
+def _known(labels: np.ndarray, margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels 1 and 0 and their margins, (m,) each; raises `ValueError` where nothing can be fitted to them."""
+    labels, margins = np.asarray(labels), np.asarray(margins, dtype=np.float64)
+    if labels.shape != margins.shape:
+        raise ValueError(f"`labels` and `margins` must have one shape, but are {labels.shape} and {margins.shape}.")
+    known = labels != UNKNOWN
+    labels, margins = labels[known], margins[known]
+    if not len(labels):
+        raise ValueError("No label is known, so no calibration can be fitted. Give validation rows with labels.")
+    strange = set(np.unique(labels).tolist()) - {0, 1}
+    if strange:
+        raise ValueError(f"Labels must be 1 (present), 0 (absent) or {UNKNOWN} (unknown), but {strange} occurs.")
+    if not np.isfinite(margins).all():
+        raise ValueError(f"Margins must be finite, but {(~np.isfinite(margins)).sum()} of {margins.size} are not.")
+    return labels, margins
+
+
 def fit_temperature(labels: np.ndarray, margins: np.ndarray) -> float:
     """The temperature T for which sigmoid(margins / T) has the least negative log-likelihood (Guo et al. 2017).
 
@@ -97,18 +114,7 @@ def fit_temperature(labels: np.ndarray, margins: np.ndarray) -> float:
     from scipy.optimize import brentq
     from scipy.special import expit
 
-    labels, margins = np.asarray(labels), np.asarray(margins, dtype=np.float64)
-    if labels.shape != margins.shape:
-        raise ValueError(f"`labels` and `margins` must have one shape, but are {labels.shape} and {margins.shape}.")
-    known = labels != UNKNOWN
-    labels, margins = labels[known], margins[known]
-    if not len(labels):
-        raise ValueError("No label is known, so no temperature can be fitted. Give validation rows with labels.")
-    strange = set(np.unique(labels).tolist()) - {0, 1}
-    if strange:
-        raise ValueError(f"Labels must be 1 (present), 0 (absent) or {UNKNOWN} (unknown), but {strange} occurs.")
-    if not np.isfinite(margins).all():
-        raise ValueError(f"Margins must be finite, but {(~np.isfinite(margins)).sum()} of {margins.size} are not.")
+    labels, margins = _known(labels, margins)
     size = np.abs(margins).max()
     if size == 0:
         return 1.0
@@ -122,3 +128,38 @@ def fit_temperature(labels: np.ndarray, margins: np.ndarray) -> float:
     if slope(high) >= 0:
         return TEMPERATURES[1]
     return float(np.exp(brentq(slope, low, high, xtol=1e-13, rtol=1e-13)))
+
+
+def fit_platt(labels: np.ndarray, margins: np.ndarray) -> tuple[float, float]:
+    """(slope, intercept) for which sigmoid(slope * margins + intercept) is P(present) of one finding (Platt 1999).
+
+    `labels` (n,) hold 1 present, 0 absent, -100 unknown; `margins` (n,) rank the images. To be fitted on validation
+    rows. Platt's targets, (P + 1) / (P + 2) and 1 / (A + 2) for P present and A absent images, keep the slope finite
+    where margins order all images rightly. The slope is never below 0: margins that are no better than none give the
+    same P(present), nearly P / (P + A), to every image. Raises `ValueError` unless both labels occur.
+    """
+    from scipy.optimize import minimize
+    from scipy.special import expit
+
+    labels, margins = _known(labels, margins)
+    num_present, num_absent = int((labels == 1).sum()), int((labels == 0).sum())
+    if not num_present or not num_absent:
+        raise ValueError(f"Both labels must occur, but {num_present} images are present and {num_absent} are absent.")
+    targets = np.where(labels == 1, (num_present + 1) / (num_present + 2), 1 / (num_absent + 2))
+    middle, spread = margins.mean(), margins.std()
+    if spread == 0:
+        return 0.0, float(np.log(targets.mean() / (1 - targets.mean())))
+    standard = (margins - middle) / spread  # the fit is equally good for margins of any size
+
+    def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
+        logits = values[0] * standard + values[1]
+        excess = expit(logits) - targets
+        negative_log_likelihood = np.mean(np.logaddexp(0, logits) - targets * logits)
+        return negative_log_likelihood, np.array([np.mean(excess * standard), np.mean(excess)])
+
+    options = {"ftol": 1e-15, "gtol": 1e-10, "maxiter": 1000}
+    fit = minimize(
+        loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[(0, None), (None, None)], options=options
+    )
+    slope = fit.x[0] / spread
+    return float(slope), float(fit.x[1] - slope * middle)

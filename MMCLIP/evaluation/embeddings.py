@@ -128,17 +128,20 @@ def _digest(parts: Iterator[str | bytes]) -> bytes:
     return digest.digest()
 
 
-def model_fingerprint(model, processor) -> str:
-    """20 hex digits of what decides an embedding: weights, config, image processor, tokenizer and their code."""
-    return _digest(_model_parts(model, processor)).hex()
+def model_fingerprint(model, processor, with_code: bool = True) -> str:
+    """20 hex digits of what decides an embedding: weights, config, image processor, tokenizer and their code.
+
+    Without the code it stays the same from one version of this package to the next.
+    """
+    return _digest(_model_parts(model, processor, with_code)).hex()
 
 
-def _model_parts(model, processor) -> Iterator[str | bytes]:
+def _model_parts(model, processor, with_code: bool) -> Iterator[str | bytes]:
     yield _settings(model.config.to_dict())
     for name, tensor in sorted(model.state_dict().items()):
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
         yield tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
-    for part in (model, processor, processor.image_processor):
+    for part in (model, processor, processor.image_processor) if with_code else ():
         file = getattr(sys.modules.get(type(part).__module__), "__file__", None)
         if file is not None:
             yield Path(file).read_bytes()

@@ -204,6 +204,20 @@ def controls_lines(controls: Mapping[str, Mapping], shuffled: Mapping[str, Mappi
     return ["", f"{about}:", "", markdown_table(["control", TITLES[key]], rows)]
 
 
+def calibration_line(calibration: Mapping) -> str:
+    """What `Calibration.summary` says, as a sentence or two."""
+    line = "Calibrated on {data}: {num_findings} findings.".format_map(calibration)
+    if calibration["macro_ece"] is not None:
+        line += (
+            " Mean expected calibration error on the evaluated images {macro_ece:.3f}, without calibration "
+            "{macro_ece_as_it_is:.3f}."
+        ).format_map(calibration)
+    if calibration["left_out"]:
+        named = "; ".join(f"{label} ({reason})" for label, reason in calibration["left_out"].items())
+        line += f" Not calibrated: {named}."
+    return line
+
+
 def write_markdown(output_dir: str | Path, results: Mapping, figures: Sequence[Path] = ()) -> Path:
     """Write report.md from the same `results` as metrics.json; `figures` are linked relative to `output_dir`."""
     path = Path(output_dir) / "report.md"
@@ -232,6 +246,8 @@ def write_markdown(output_dir: str | Path, results: Mapping, figures: Sequence[P
     if zero_shot["skipped"]:
         named = ", ".join(f"{entry['name']} ({entry['reason']})" for entry in zero_shot["skipped"])
         lines.append(f"\nSkipped, {zero_shot['num_skipped']} labels: {named}.")
+    if "calibration" in results:
+        lines.append("\n" + calibration_line(results["calibration"]))
     if "by_source" in zero_shot:
         lines += ["", "AUROC within each source; across sources a model may tell the source, not the disease:", ""]
         sources = zero_shot["by_source"]

@@ -1,0 +1,1 @@
+"""MMCLIP for runtimes without torch."""

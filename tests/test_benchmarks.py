@@ -34,6 +34,9 @@ MEASURED = {
         "contrastive_speedup", "full_ratio", "full_ratio_even", "naive_ratio", "samples_full", "samples_dual_encoder",
         "memory_full_mb", "memory_naive_mb", "memory_full_checkpointing_mb", "flops_ratio",
     },
+    "scaling": {
+        "step_4_2_cached_rate", "step_4_2_cached_mb", "loss_64_whole_rate", "loss_64_chunked_mb",
+    },
     "encoding": {
         "images_speedup_1024", "images_speedup_256", "images_rate_1024", "preprocessing_speedup_256",
         "image_tower_speedup", "preprocessing_share_1024", "texts_speedup", "texts_rate", "texts_rate_clip_77",

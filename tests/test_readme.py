@@ -28,7 +28,7 @@ TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 README = TEXT["README.md"]
 SUFFIXES = (".py", ".md", ".yaml", ".json", ".txt", ".toml", ".csv", ".png")
 # what the reader makes, and what may lie beside a checkout
-NOT_OURS = ("outputs/", "my_xrays/", "../", "http", "xray.png", "heatmap.png", "/data/", "film.", "hf:")
+NOT_OURS = ("outputs/", "my_xrays/", "../", "http", "OWNER/", "xray.png", "heatmap.png", "/data/", "film.", "hf:")
 
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
@@ -119,7 +119,7 @@ def parser_of(script: str):
 
 
 def test_each_command_parses(home):
-    scripts = ("run_zero_shot", "run_evaluation", "run_retrieval", "show_heatmaps", "prepare_data")
+    scripts = ("run_zero_shot", "run_evaluation", "run_retrieval", "show_heatmaps", "prepare_data", "app", "make_space")
     parse = {script: parser_of(script) for script in scripts} | {"run_classification": parse_classification_config}
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     kinds, prepared = set(), set()
@@ -143,8 +143,8 @@ def test_each_command_parses(home):
                 _, data, _ = parse_run_config([*launch.training_script_args, *on_cpu])
                 assert data.train_manifest in (["my_xrays/manifest.csv"], ["outputs/prepared"])
             else:
-                assert command[:2] == ["pip", "install"], command
-    assert kinds == {"make", "python", "accelerate", "pip"}
+                assert command[:2] in (["pip", "install"], ["hf", "upload"]), command
+    assert kinds == {"make", "python", "accelerate", "pip", "hf"}
     assert prepared == {*SOURCES, "phantom", "cxr-mini"}  # a command for each public set
 
 
@@ -163,6 +163,7 @@ def test_each_option_in_the_text_is_an_option_of_a_run_and_changes_it(page, home
     scripts = {
         parser_of("run_zero_shot"): ["--model", "m", "--phantoms", "1", "--output_dir", "o"],
         parser_of("run_evaluation"): ["--model", "m", "--protocol", "phantom", "--output_dir", "o"],
+        parser_of("app"): ["--model", "m"],
         parser_of("prepare_data"): ["--source", "phantom=1", "--output_dir", "o"],
     }
     options_of = {parse: help_of(parse, capsys) for parse in scripts}

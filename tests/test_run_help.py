@@ -5,7 +5,7 @@ import pytest
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-SCRIPTS = [*sorted(path.name for path in EXAMPLES.glob("run_*.py")), "show_heatmaps.py"]
+SCRIPTS = [*sorted(path.name for path in EXAMPLES.glob("run_*.py")), "show_heatmaps.py", "export_onnx.py"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

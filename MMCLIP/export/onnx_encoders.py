@@ -2,8 +2,8 @@
 
 `image_encoder.onnx` takes `pixel_values` (B, 1, S, S) float32 and gives `image_embeds` (B, D) and `patch_embeds`
 (B, N, D); `text_encoder.onnx` takes `input_ids` and `attention_mask` (B, T) int64 and gives `text_embeds` (B, D). All
-embeddings are float32 and L2-normalised; B is any number, T at most `max_tokens`. The metadata of both files say how
-to make the inputs and what to make of the outputs, see [`encoder_metadata`]; `tokenizer.json` beside them cuts and pads.
+embeddings are float32 and L2-normalised; B is any number, T at most `max_tokens`. The metadata of both files say how to
+make the inputs and what to make of the outputs, see [`encoder_metadata`]; `tokenizer.json` beside them cuts and pads.
 """
 
 import copy
@@ -30,6 +30,7 @@ NUM_CHECKS = 50  # images, and texts
 CHECK_BATCHES = (1, 2, 3, 5, 8, 13, 18)  # together NUM_CHECKS
 MAX_BYTES = 2**31 - 2**20  # protobuf holds no more in one file
 FILES = {"image": "image_encoder.onnx", "text": "text_encoder.onnx"}
+INT8_FILES = {"image": "image_encoder_int8.onnx", "text": "text_encoder_int8.onnx"}  # made of them by int8.py
 OUTPUTS = {"image": ("image_embeds", "patch_embeds"), "text": ("text_embeds",)}
 PACKAGES = 'pip install "mmclip[onnx]", or: pip install onnx onnxscript onnxruntime'
 
@@ -62,10 +63,16 @@ def export_encoders(model, processor, folder: str | os.PathLike) -> dict[str, fl
     `model` is an MMCLIPModel or an MMCLIPForPreTraining of any precision, on any device; it is left as it was, and
     exported in float32. Each file is written only after [`largest_difference`] over 50 images and 50 texts was within
     1e-4; these differences are returned, `{"image": ..., "text": ...}`. Raises `ValueError` for a tower that the
-    exporter cannot take, one that differs, one of more than 2 GiB, and a tokenizer without a `tokenizer.json`.
+    exporter cannot take, one that differs, one of more than 2 GiB, a tokenizer without a `tokenizer.json`, and a
+    `folder` that holds a saved model.
     """
     _require_packages()
     folder = Path(folder)
+    if (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder} holds a saved model, whose tokenizer.json the export would replace. Give another folder, such "
+            f"as {folder / 'onnx'}."
+        )
     model = copy.deepcopy(model).cpu().float().eval()  # eval: no dropout; a copy: the other one stays as it was
     model.set_attn_implementation("eager")  # plain MatMul and Softmax; SDPA adds nodes that look for NaN
     metadata = encoder_metadata(model, processor)
@@ -85,6 +92,8 @@ def export_encoders(model, processor, folder: str | os.PathLike) -> dict[str, fl
                 )
         for name in (*FILES.values(), "tokenizer.json"):
             os.replace(Path(draft, name), folder / name)
+    for name in INT8_FILES.values():  # of an earlier export
+        (folder / name).unlink(missing_ok=True)
     return differences
 
 
@@ -139,7 +148,9 @@ def largest_difference(model, processor, path: str | os.PathLike, part: str) -> 
         found = session.run(list(OUTPUTS[part]), {name: tensor.numpy() for name, tensor in inputs.items()})
         for one, other in zip(expected, found, strict=True):
             if tuple(one.shape) != other.shape:
-                raise ValueError(f"{part} encoder: expected an output of {tuple(one.shape)}, got {other.shape}.")
+                raise ValueError(
+                    f"The {part} encoder in ONNX gives an output of {other.shape} where torch gives {tuple(one.shape)}."
+                )
             difference = np.abs(one.numpy() - other).max().item()
             largest = max(largest, difference) if difference == difference else float("nan")
     return largest
@@ -193,7 +204,7 @@ def _export(model, part: str, metadata: dict, path: Path) -> None:
         shapes = {name: {0: batch, 1: length} for name in inputs}
     encoder = ENCODERS[part](model).eval()
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             program = torch.onnx.export(
                 encoder,
                 tuple(inputs.values()),
@@ -220,8 +231,8 @@ def _export(model, part: str, metadata: dict, path: Path) -> None:
 def widen_aliased_layers(proto) -> int:
     """Give hidden layers whose width is a multiple of 1,024 sixteen more neurons that add nothing; returns how many.
 
-    A row of so many floats is a multiple of 4 KiB, so that all rows of a block lie in the same lines of the first
-    cache and push each other out: in a ViT-B, with 3,072 neurons, that costs a tenth of the second product (RESULTS.md).
+    A row of so many floats is a multiple of 4 KiB, so that all rows of a block lie in the same lines of the first cache
+    and push each other out: in a ViT-B, with 3,072 neurons, that costs a tenth of the second product (RESULTS.md).
     The new neurons have weights of 0 on both sides, so values stay as they are.
     """
     from onnx import numpy_helper
@@ -300,9 +311,9 @@ def _require_packages() -> None:
 
 
 @contextmanager
-def _quiet():
-    """Without what the exporter says of torchvision, of its own plans and of names that it gives to dimensions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+def quiet():
+    """Without what exporter and quantisation say of torchvision, of their own plans and of names of dimensions."""
+    loggers = [logging.getLogger(name) for name in (None, "torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

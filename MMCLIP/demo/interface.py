@@ -19,8 +19,11 @@ from .reading import MAX_FINDINGS, Film, FilmReader, Finding, known_findings, pa
 UPLOAD_SECONDS = 120  # what is older in the folder of uploads was broken off, or never asked about
 SESSION_SECONDS = 30 * 60  # a film stays in memory for so long after it was last used
 OPACITY = 60  # per cent
-# in the head, as `css` does not reach the outermost part of the page
-NARROW = "<style>@media (max-width: 600px) { .gradio-container .app { padding: 8px 12px !important; } }</style>"
+# what `css` does not reach, the outermost part of the page: narrow margins on telephones, dark scroll bars
+OUTERMOST = """<style>
+@media (max-width: 600px) { .gradio-container .app { padding: 8px 12px !important; } }
+html:has(body.dark) { color-scheme: dark; }
+</style>"""
 SET_OPACITY = "(value) => { document.documentElement.style.setProperty('--mm-opacity', value / 100); }"
 
 
@@ -80,7 +83,7 @@ class Demo:
         try:
             film = self.reader.read(take_upload(path), name)
         except (ValueError, ImportError) as error:
-            return None, None, pages.error_notice(error), "", "", ""
+            return None, None, "", pages.error_notice(error), "", ""
         return None, *self.show(film, names)
 
     def example(self, names: Sequence[str]) -> tuple:
@@ -104,7 +107,7 @@ class Demo:
         scores = self.reader.score(film, findings)
         notices = "".join(pages.error_notice(reason) for reason in refused)
         maps = pages.maps_page(film, scores, self.reader.heatmaps(film, findings))
-        return notices + pages.scores_page(scores, self.reader.calibration), maps
+        return pages.doubt_notice(film) + notices + pages.scores_page(scores, self.reader.calibration), maps
 
     def findings(self, names: Sequence[str]) -> tuple[list[Finding], list[str]]:
         """The findings that can be asked, each once, and what is wrong with the others."""
@@ -126,12 +129,12 @@ def build_page(reader: FilmReader, about: str):
     import gradio as gr
 
     demo = Demo(reader)
-    with gr.Blocks(title="MMCLIP demo", analytics_enabled=False) as page:
+    with gr.Blocks(title="MMCLIP demo", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(f"<h1>MMCLIP: a chest X-ray and sentences about it</h1>{pages.notice(pages.WARNING, 'warning')}")
         film = gr.State(None, time_to_live=SESSION_SECONDS)
         with gr.Row():
             with gr.Column(scale=2, min_width=300, elem_classes="mm-left"):
-                upload = gr.File(label="X-ray: PNG, JPEG, TIFF or DICOM, 8 or 16 bit", elem_id="mm-upload", height=180)
+                upload = gr.File(label="X-ray: PNG, JPEG, TIFF, DICOM", elem_id="mm-upload", height=180)
                 example = gr.Button("Try a made-up radiograph", elem_id="mm-example", size="sm")
                 names = gr.Dropdown(
                     known_findings(reader.prompts),
@@ -189,7 +192,7 @@ def launch(page, *, max_upload_mb: int, host: str | None = None, port: int | Non
         footer_links=[],
         quiet=True,
         css=pages.STYLE,
-        head=NARROW,
+        head=OUTERMOST,
         theme=theme,
         prevent_thread_lock=True,
     )

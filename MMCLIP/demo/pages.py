@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from PIL import Image
 
 from ..evaluation.probabilities import Calibration
@@ -41,19 +42,23 @@ def _data_url(picture: Image.Image) -> str:
 
 
 def film_page(film: Film) -> str:
-    """The film itself, its name and size, and what makes it doubtful that it is a chest radiograph."""
+    """The film itself, its name and size."""
     width, height = film.size
-    doubt = ""
-    if film.likeness.is_doubtful:
-        reasons = "; ".join(film.likeness.reasons) or "it looks unlike those that the rules were made with"
-        doubt = notice(
-            f"<b>This may be no frontal chest radiograph</b> (likeness {film.likeness.score:.2f} of 1): "
-            f"{escape(reasons)}. The scores below are given all the same and mean little then.",
-            "warning",
-        )
     return (
-        f'{doubt}<figure class="mm-film"><img src="{_data_url(film.picture)}" alt="The image as the model reads it">'
+        f'<figure class="mm-film"><img src="{_data_url(film.picture)}" alt="The image as the model reads it">'
         f"<figcaption>{escape(film.name)}, {width} x {height} pixels</figcaption></figure>"
+    )
+
+
+def doubt_notice(film: Film) -> str:
+    """What makes it doubtful that this is a chest radiograph; "" where nothing does."""
+    if not film.likeness.is_doubtful:
+        return ""
+    reasons = "; ".join(film.likeness.reasons) or "it is unlike those that the rules were made with"
+    return notice(
+        f"<b>This may be no frontal chest radiograph</b> (likeness {film.likeness.score:.2f} of 1): {escape(reasons)}. "
+        "What the model says of it then means nothing.",
+        "warning mm-doubt",
     )
 
 
@@ -74,7 +79,7 @@ def _meaning(scores: Sequence[Score], calibration: Calibration | None) -> str:
         summary = calibration.summary()
         line = f"Probabilities are fitted on {escape(calibration.data)} and hold where findings are as common as there."
         if summary["macro_ece"] is not None:
-            line += f" On other images they were wrong by {100 * summary['macro_ece']:.1f} points in the mean."
+            line += f" On other images their calibration error was {100 * summary['macro_ece']:.1f} points in the mean."
         lines.append(line)
     if any(score.probability is None for score in scores):
         lines.append(
@@ -141,8 +146,6 @@ def heat_picture(heatmap: np.ndarray) -> Image.Image:
     The lowest value is clear, so that the film stays readable where the map says nothing; a constant map is clear all
     over.
     """
-    from matplotlib import colormaps  # takes a second
-
     low, high = float(heatmap.min()), float(heatmap.max())
     strength = (heatmap - low) / (high - low) if high > low else np.zeros_like(heatmap)
     factor = HEAT_SIDE / max(strength.shape)

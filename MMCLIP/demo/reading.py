@@ -121,9 +121,11 @@ class FilmReader:
         return [name for name in named if name in self.prompts.prompts][:MAX_FINDINGS]
 
     def warm_up(self) -> None:
-        """Embed the texts of the first findings, so that the first film does not wait for them."""
-        for name in self.suggestions():
-            self._embedded(parse_finding(name, self.prompts))
+        """Embed the texts of the first findings and one blank film, so that the first film does not wait for them."""
+        findings = [parse_finding(name, self.prompts) for name in self.suggestions()]
+        blank = self.read(np.zeros((64, 64), np.uint8), "blank film")
+        self.score(blank, findings)
+        self.heatmaps(blank, findings)
 
     def read(self, source: Any, name: str) -> Film:
         """Encode one image, anything that the processor reads. Raises `ValueError`, or `ImportError` for DICOM without

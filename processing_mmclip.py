@@ -66,9 +66,12 @@ class MMCLIPProcessor(ProcessorMixin):
         """
         if images is None and text is None:
             raise ValueError(f"{type(self).__name__} needs `images`, `text` or both, got neither.")
+        kwargs = {**(kwargs.pop("common_kwargs", None) or {}), **kwargs}
         return_tensors = kwargs.pop("return_tensors", "pt")
         image_options = dict(kwargs.pop("images_kwargs", None) or {})
         text_options = dict(kwargs.pop("text_kwargs", None) or {})
+        for group in ("audio_kwargs", "videos_kwargs"):  # sentence-transformers gives them to every processor
+            kwargs.pop(group, None)
         for name, value in kwargs.items():
             if name not in IMAGE_OPTIONS and name not in TEXT_OPTIONS:
                 raise TypeError(

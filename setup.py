@@ -76,6 +76,7 @@ setup(
             "hypothesis>=6.100",  # properties of text code over made-up texts
             FAISS,
             PEFT,
+            "sentence-transformers>=6.0,<7",  # a recipe of the README; since 6 it takes images of models like ours
             "negspacy>=1.1,<2",  # the peer of our negation rules in benchmarks/entities.py, and its own pipelines
             *DEMO,
             *ONNX,

@@ -1,0 +1,281 @@
+"""The command `mmclip`, called as its users do, on made-up films in PNG, 16-bit PNG, JPEG and DICOM."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import save_tiny
+from dicom_files import file_bytes, make_dicom
+from PIL import Image
+
+from MMCLIP.cli import main
+from MMCLIP.data.phantom import make_phantom
+from MMCLIP.evaluation.embeddings import model_fingerprint
+from MMCLIP.evaluation.zero_shot import zero_shot_scores
+from MMCLIP.inference.loading import load_model
+
+
+REPORTS = ["Large left pleural effusion.", "Normal chest radiograph.", "The heart is enlarged."]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A model, a folder of five good films in two layers, beside them what is no film, and a table of reports."""
+    home = tmp_path_factory.mktemp("home")
+    save_tiny(home / "model")
+    films = home / "films"
+    (films / "ward" / "deep").mkdir(parents=True)
+    pixels = [make_phantom(0, index, 96).image for index in range(5)]
+    Image.fromarray(pixels[0]).save(films / "a.png")
+    Image.fromarray(pixels[1]).save(films / "b.jpg")
+    Image.fromarray(pixels[2].astype(np.uint16) * 200).save(films / "ward" / "c.png")
+    dicom = make_dicom(pixels[3].astype(np.uint16) * 16, bits=12, PatientName="Doe^Jane", PatientID="4711")
+    (films / "ward" / "d.dcm").write_bytes(file_bytes(dicom))
+    (films / "ward" / "deep" / "IM0001").write_bytes(file_bytes(make_dicom(pixels[4])))
+    (films / "ward" / "notes.txt").write_text("no film")
+    (films / ".hidden.png").write_bytes(b"no film")
+    (home / "reports.csv").write_text("row_id,text\n" + "".join(f"r{i},{text}\n" for i, text in enumerate(REPORTS)))
+    return home
+
+
+PATHS = ["a.png", "b.jpg", "ward/c.png", "ward/d.dcm", "ward/deep/IM0001"]
+
+
+@pytest.fixture
+def inside(home, monkeypatch):
+    monkeypatch.chdir(home)
+    return home
+
+
+def mmclip(command: str, *more: str) -> int:
+    return main([*command.split(), *more, "--model", "model", "--device", "cpu"])
+
+
+def read_csv(path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_encode_puts_a_mixed_folder_into_one_parquet_file_with_the_embeddings_of_the_model(inside, tmp_path, capsys):
+    output = tmp_path / "embeddings.parquet"
+    assert mmclip(f"encode films --batch_size 2 --output {output}") == 0
+    table = pq.read_table(output)
+    assert table.column("path").to_pylist() == [f"films/{path}" for path in PATHS]
+    model, processor = load_model("model", device="cpu")
+    expected = model.encode([f"films/{path}" for path in PATHS])[0].numpy()
+    np.testing.assert_allclose(np.stack(table.column("embedding").to_numpy()), expected, atol=1e-6)
+    assert table.schema.field("embedding").type.list_size == 16
+    assert set(table.column("model_hash").to_pylist()) == {model_fingerprint(model, processor, with_code=False)}
+    assert min(table.column("xray_likeness").to_pylist()) > 0.5
+    about = json.loads(pq.read_metadata(output).metadata[b"mmclip"])
+    assert about["failed"] == [] and "Not for diagnosis" in about["notice"]
+    assert "5 of 5 images done; written:" in capsys.readouterr().err
+    content = output.read_bytes()
+    assert b"Doe" not in content and b"4711" not in content  # no name of a patient gets out of a header
+
+
+def test_encode_says_the_same_in_every_format(inside, tmp_path):
+    for suffix in ("csv", "json", "jsonl"):
+        assert mmclip(f"encode films --quiet --output {tmp_path / f'e.{suffix}'}") == 0
+    as_json = json.loads((tmp_path / "e.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text().splitlines()]
+    assert lines == as_json["rows"] and len(lines) == 5
+    rows = read_csv(tmp_path / "e.csv")
+    for row, line in zip(rows, lines, strict=True):
+        assert row["path"] == line["path"]
+        assert [float(row[f"embedding_{place}"]) for place in range(16)] == line["embedding"]
+    for suffix in ("csv", "jsonl"):
+        assert json.loads((tmp_path / f"e.{suffix}.about.json").read_text()) == as_json["about"]
+
+
+def test_zero_shot_gives_the_scores_of_the_evaluation_and_the_prompts_behind_them(inside, tmp_path):
+    command = ["zero-shot", "films", "--findings", "effusion", "enlarged heart", "--output", str(tmp_path / "s.json")]
+    assert main([*command, "--model", "model"]) == 0
+    result = json.loads((tmp_path / "s.json").read_text())
+    findings = ["pleural effusion", "cardiomegaly"]
+    model, processor = load_model("model", device="cpu")
+    expected = zero_shot_scores(model, processor, [f"films/{path}" for path in PATHS], findings)
+    rows = result["rows"]
+    assert [(row["path"], row["finding"]) for row in rows] == [(f"films/{p}", f) for p in PATHS for f in findings]
+    np.testing.assert_allclose([row["present"] for row in rows], expected.ravel(), atol=1e-6)
+    np.testing.assert_allclose([row["present"] + row["absent"] for row in rows], 1)
+    assert all(row["probability"] is None for row in rows)
+    prompts = result["about"]["findings"]["pleural effusion"]
+    assert "There is pleural effusion." in prompts["present"] and "There is no pleural effusion." in prompts["absent"]
+    assert result["about"]["probability"] == "none: no calibration was given"
+
+
+def test_zero_shot_without_output_is_csv_on_the_screen_and_only_that(inside, capsys):
+    assert mmclip("zero-shot films/a.png films/ward", "--findings", "pneumothorax") == 0
+    shown = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [row["path"] for row in shown] == [f"films/{path}" for path in ("a.png", *PATHS[2:])]
+
+
+def test_zero_shot_asks_a_phrase_of_your_own_and_says_how(inside, tmp_path, capsys):
+    output = tmp_path / "s.csv"
+    assert mmclip(f"zero-shot films/a.png --output {output}", "--findings", "purple spots") == 0
+    assert (
+        "'purple spots' is not in the vocabulary; it is asked as 'There are purple spots.'" in capsys.readouterr().err
+    )
+    about = json.loads((tmp_path / "s.csv.about.json").read_text())
+    assert about["findings"]["purple spots"]["absent"] == ["There are no purple spots."]
+
+
+def test_zero_shot_with_a_prompt_set_without_denials_has_no_score_of_absence(inside, tmp_path):
+    assert (
+        mmclip(f"zero-shot films/a.png --prompts biovil-rsna --findings pneumonia --output {tmp_path / 's.json'}") == 0
+    )
+    assert mmclip(f"zero-shot films/a.png --prompts gloria-style --findings edema --output {tmp_path / 'g.json'}") == 0
+    (with_denial,) = json.loads((tmp_path / "s.json").read_text())["rows"]
+    (without,) = json.loads((tmp_path / "g.json").read_text())["rows"]
+    assert with_denial["absent"] is not None and without["absent"] is None
+
+
+def test_heatmap_writes_a_picture_of_the_size_of_the_film_for_each_finding(inside, tmp_path):
+    output = tmp_path / "maps"
+    command = f"heatmap films/a.png films/ward/d.dcm --output_dir {output}"
+    assert mmclip(command, "--findings", "pleural effusion", "edema") == 0
+    rows = read_csv(output / "heatmaps.csv")
+    assert len(rows) == 4 and len({row["picture"] for row in rows}) == 4
+    for row in rows:
+        picture = np.asarray(Image.open(output / row["picture"])).astype(int)
+        assert picture.shape == (96, 96, 3)
+        assert 0 <= int(row["highest_x"]) < 96 and 0 <= int(row["highest_y"]) < 96
+        assert np.ptp(picture, axis=-1).max() > 50  # there is colour on it
+    clear = tmp_path / "clear"
+    assert mmclip(f"heatmap films/a.png --opacity 0 --findings edema --output_dir {clear}") == 0
+    (shown,) = clear.glob("*.png")
+    assert (np.asarray(Image.open(shown))[..., 0] == np.asarray(Image.open("films/a.png"))).all()
+
+
+def test_retrieve_lists_the_nearest_reports_with_their_names(inside, tmp_path):
+    output = tmp_path / "nearest.csv"
+    assert mmclip(f"retrieve films --reports reports.csv --top 2 --output {output}") == 0
+    rows = read_csv(output)
+    assert len(rows) == 10
+    model, _ = load_model("model", device="cpu")
+    images, texts = model.encode([f"films/{path}" for path in PATHS], REPORTS)
+    cosines = (images @ texts.T).numpy()
+    for number, row in enumerate(rows):
+        order = np.argsort(-cosines[number // 2])
+        assert row["report_id"].endswith(f"r{order[number % 2]}") and row["report"] == REPORTS[order[number % 2]]
+        assert float(row["similarity"]) == pytest.approx(
+            cosines[number // 2].max() if number % 2 == 0 else np.sort(cosines[number // 2])[-2], abs=1e-6
+        )
+
+
+def test_bad_images_are_named_and_the_rest_is_done(inside, tmp_path, capsys):
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    (tmp_path / "nothing").mkdir()
+    output = tmp_path / "e.json"
+    sources = f"{tmp_path / 'films'} films/a.png films/nowhere.png {tmp_path / 'nothing'} films/ward/notes.txt"
+    assert mmclip(f"encode {sources} --batch_size 1 --output {output}") == 1
+    result = json.loads(output.read_text())
+    assert [row["path"] for row in result["rows"]] == ["films/a.png"]
+    failed = {entry["path"]: entry["error"] for entry in result["about"]["failed"]}
+    assert set(failed) == {
+        "films/nowhere.png", "films/ward/notes.txt", str(tmp_path / "nothing"), str(tmp_path / "films" / "broken.png")
+    }  # fmt: skip
+    assert failed["films/nowhere.png"] == "there is no such file or folder"
+    shown = capsys.readouterr().err
+    assert all(f"bad: {path}: {reason}" in shown for path, reason in failed.items())
+    assert "1 of 3 images done, 4 bad" in shown
+
+
+def test_when_every_image_is_bad_no_table_is_written(inside, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"broken")
+    for name in ("e.csv", "e.parquet"):
+        assert mmclip(f"encode {tmp_path / 'broken.png'} --output {tmp_path / name}") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.png"]
+
+
+def test_what_may_be_no_radiograph_is_a_warning_and_is_scored_all_the_same(inside, tmp_path, capsys):
+    Image.new("RGB", (200, 200), (200, 30, 30)).save(tmp_path / "red.png")
+    assert mmclip(f"encode {tmp_path / 'red.png'} --output {tmp_path / 'e.json'}") == 0
+    assert "red.png may be no chest X-ray (likeness 0.02): one even shade" in capsys.readouterr().err
+    assert json.loads((tmp_path / "e.json").read_text())["rows"][0]["xray_likeness"] == 0.02
+    assert mmclip(f"encode {tmp_path / 'red.png'} --quiet --overwrite --output {tmp_path / 'e.json'}") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_reports_longer_than_the_text_tower_are_counted_with_their_tokens(inside, tmp_path, capsys):
+    (tmp_path / "long.csv").write_text("text\n" + "The lungs are clear. " * 40 + "\nNo effusion.\n")
+    assert mmclip(f"retrieve films/a.png --reports {tmp_path / 'long.csv'} --output {tmp_path / 'n.csv'}") == 0
+    assert (
+        "1 of 2 texts have more than the 64 tokens that the text tower reads, the longest 202"
+        in capsys.readouterr().err
+    )
+
+
+MISTAKES = {
+    "encode films --output e.txt": "must end with one of .csv",
+    "encode films --output there.csv": "there.csv exists. Choose another name, or overwrite it with --overwrite",
+    "encode films --output films": "must end with one of",
+    "encode empty --output e.csv": "there is no image to read",
+    "encode films --output e.csv --model films": "films has no config.json",
+    "encode films --output e.csv --model lacking": "weights are missing or of another size, as visual_proj",
+    "encode films --output e.csv --device moon": "device: moon cannot be used",
+    "zero-shot films --findings no-such:thing... --prompts nothing": "nothing",
+    "zero-shot films --findings no": "is a denial",
+    "zero-shot films --findings edema --calibration nowhere.json": "nowhere.json",
+    "retrieve films --reports nowhere.csv": "nowhere.csv",
+    "retrieve films --reports blank.csv": "blank.csv",
+    "heatmap films --output_dir maps --findings edema --colours mud": "expected a colour map of Matplotlib",
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_in_the_command_ends_with_2_and_says_what_to_do(command, home, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("films", "model"):
+        (tmp_path / name).symlink_to(home / name)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "there.csv").write_text("old")
+    (tmp_path / "blank.csv").write_text("text\n\n")
+    if "lacking" in command:
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(save_tiny(tmp_path / "lacking") / "model.safetensors")
+        weights.pop("visual_projection.weight")
+        save_file(weights, tmp_path / "lacking" / "model.safetensors", metadata={"format": "pt"})
+    model = [] if "--model" in command else ["--model", "model"]
+    assert main([*command.split(), *model]) == 2
+    assert MISTAKES[command] in capsys.readouterr().err
+    assert not (tmp_path / "e.csv").exists() and (tmp_path / "there.csv").read_text() == "old"
+
+
+@pytest.mark.parametrize("arguments", [[], ["encode", "x.png"], ["encode", "x", "--model", "m", "--batch_size", "0"]])
+def test_wrong_options_end_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and "usage: mmclip" in capsys.readouterr().err
+
+
+def test_overwrite_replaces_the_table(inside, tmp_path):
+    (tmp_path / "e.csv").write_text("old")
+    assert mmclip(f"encode films/a.png --overwrite --output {tmp_path / 'e.csv'}") == 0
+    assert len(read_csv(tmp_path / "e.csv")) == 1
+
+
+def test_a_table_is_not_there_when_the_command_is_stopped(inside, tmp_path, monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("MMCLIP.cli.commands.overlay", stopped)
+    assert mmclip(f"heatmap films --findings edema --output_dir {tmp_path / 'maps'}") == 130
+    assert "no table was written" in capsys.readouterr().err and not list((tmp_path / "maps").iterdir())
+
+
+def test_python_m_mmclip_is_the_command_and_a_closed_pipe_is_no_error(inside):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = (
+        f"{sys.executable} -m MMCLIP zero-shot films --findings edema --model model | true; exit ${{PIPESTATUS[0]}}"
+    )
+    run = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr

@@ -73,8 +73,8 @@ def make_reader(args: argparse.Namespace):
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder of uploads is removed
-    private_uploads()
     reader = make_reader(args)
+    private_uploads()
     name = Path(args.model).name if Path(args.model).is_dir() else args.model
     about = f"Model: {escape(name)}. Prompts: {escape(reader.prompts.name)}."
     page = build_page(reader, about)
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:  # a mistake of the user's: what is wrong, without the way it took
-        sys.exit(f"ValueError: {error}")
+    except (ValueError, OSError) as error:  # a mistake of the user's, or a port in use: without the way it took
+        sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         sys.exit(0)

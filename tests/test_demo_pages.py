@@ -1,8 +1,10 @@
 """What the demo shows and keeps: nothing unescaped, no stack trace, no certainty, no upload on disk."""
 
+import importlib.util
 import os
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 
 from MMCLIP.data.phantom import make_phantom
 from MMCLIP.demo import pages
-from MMCLIP.demo.interface import Demo, remove_old, take_upload
+from MMCLIP.demo.interface import Demo, build_page, remove_old, take_upload
 from MMCLIP.demo.reading import MAX_FINDINGS, FilmReader, Finding, Score
 from MMCLIP.evaluation.probabilities import Calibration, FindingCalibration
 from MMCLIP.inference.loading import load_model
@@ -147,3 +149,53 @@ def test_an_upload_that_cannot_be_read_is_removed_all_the_same(tmp_path, monkeyp
     with pytest.raises(PermissionError):
         take_upload(str(path))
     assert not path.exists()
+
+
+def test_every_event_that_asks_the_model_waits_its_turn_and_is_no_public_interface(demo):
+    pytest.importorskip("gradio")
+    page = build_page(demo.reader, "a model")
+    asking = [event for event in page.fns.values() if event.fn is not None]
+    assert {event.fn.__name__ for event in asking} == {"upload", "example", "ask"}
+    for event in asking:
+        assert (event.concurrency_id, event.concurrency_limit, event.api_visibility) == ("model", 1, "private")
+    assert page.analytics_enabled is False
+
+
+@pytest.fixture
+def app():
+    path = Path(__file__).parent.parent / "examples" / "app.py"
+    spec = importlib.util.spec_from_file_location("app", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_wrong_start_says_what_is_wrong_before_anything_is_served(app, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MMCLIP_MODEL", raising=False)
+    with pytest.raises(SystemExit):
+        app.parse_arguments([])
+    assert "--model is needed" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        app.parse_arguments(["--model", "m", "--max_upload_mb", "0"])
+    monkeypatch.setenv("MMCLIP_MODEL", "OWNER/NAME")
+    assert app.parse_arguments([]).model == "OWNER/NAME"
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(app, "launch", lambda *_, **__: pytest.fail("it was served"))
+    for options, message in (
+        (["--model", tmp_path], "no config.json"),
+        (["--prompts", "mien"], "no prompts 'mien'"),
+        (["--calibration", tmp_path / "none.json"], "none.json: the calibration cannot be read"),
+        (["--reports", tmp_path / "none.csv"], "none.csv"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            app.main([str(option) for option in options])
+
+
+def test_embeddings_of_reports_are_kept_for_the_next_start(app, tmp_path):
+    save_tiny(tmp_path / "model")
+    (tmp_path / "reports.csv").write_text("text\nNo effusion.\nClear lungs.\n")
+    options = ["--model", tmp_path / "model", "--reports", tmp_path / "reports.csv", "--cache_dir", tmp_path / "kept"]
+    args = app.parse_arguments([str(option) for option in options])
+    first = app.make_reader(args).report_embeds
+    assert len(list((tmp_path / "kept").iterdir())) == 1 and first.shape == (2, 16)
+    assert (app.make_reader(args).report_embeds == first).all()

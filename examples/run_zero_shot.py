@@ -16,6 +16,7 @@ import torch
 
 from MMCLIP.evaluation import figures, report
 from MMCLIP.evaluation.checkpoints import check_checkpoint, load_checkpoint
+from MMCLIP.evaluation.embeddings import model_fingerprint
 from MMCLIP.evaluation.grounding import heatmap_auroc
 from MMCLIP.evaluation.probabilities import fit_calibration
 from MMCLIP.evaluation.protocols import overlap_cautions
@@ -122,7 +123,12 @@ def main(arguments: list[str] | None = None) -> None:
         results["train"] = train
     if any("loss" in entry for entry in log_history):
         drawn.append(figures.plot_loss_curves(log_history, pictures / "loss_curves.png"))
-    results |= report.describe_run(args.model, data)
+    results |= report.describe_run(
+        args.model,
+        data,
+        weights_hash=model_fingerprint(model, processor, with_code=False),
+        dataset={"sources": sorted(rows.unique("source")), "split": args.split if args.manifest else "test"},
+    )
     report.write_predictions(args.output_dir, predictions)
     report.write_metrics(args.output_dir, results)
     markdown = report.write_markdown(args.output_dir, results, drawn)

@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from huggingface_hub import constants
 
 
 USER = "tester"
@@ -181,7 +182,8 @@ class _Handler(BaseHTTPRequestHandler):
         """(user, role) of the request; a token that nobody has is 401."""
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in ROLES:
-            raise _Answer(401, {"error": "Invalid credentials"}, headers={"X-Error-Message": "Invalid credentials"})
+            said = "Invalid credentials in Authorization header"
+            raise _Answer(401, {"error": said}, headers={"X-Error-Message": said})
         return ROLES.get(token, (None, "none"))
 
     def repository(self, name: str, to_write: bool = False) -> Repository:
@@ -333,3 +335,15 @@ class _Handler(BaseHTTPRequestHandler):
         repository.branches[branch] = commit
         url = f"{self.server.url}/{name}/commit/{commit}"
         raise _Answer(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
+
+
+def connect(hub: FakeHub, monkeypatch, home, token: str | None = WRITE_TOKEN) -> None:
+    """From now on this process takes `hub` for the Hub, `token` for the one of the user, `home` for its cache."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)

@@ -26,9 +26,13 @@ def describe_command() -> dict:
     return {"command": shlex.join(["python", *sys.argv]), "versions": versions}
 
 
-def describe_run(model: str, data: str) -> dict:
-    """What a reader needs to repeat the numbers: command line, model folder, data and versions."""
-    return {**describe_command(), "model": model, "data": data}
+def describe_run(model: str, data: str, **more) -> dict:
+    """What a reader needs to repeat the numbers: command line, model folder, data, versions and what `more` there is.
+
+    For a model card these are `weights_hash`, the `model_fingerprint` without code, and `dataset`, `{"sources",
+    "split"}` of the rows.
+    """
+    return {**describe_command(), "model": model, "data": data, **more}
 
 
 def read_train_results(

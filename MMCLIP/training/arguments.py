@@ -139,12 +139,21 @@ class MMCLIPTrainingArguments(TrainingArguments):
     group_by_text_length: bool = _option("Batches of texts of like length, which saves padding", False)
     logging_nan_inf_filter: bool = _option("A loss that is not finite stops the run and is never hidden", False)
     remove_unused_columns: bool = _option("The Trainer's own default would drop the image", False)
+    hub_card: str | None = _option(
+        "With push_to_hub: YAML file with what no run knows and the model card needs, at least `license`; see "
+        "examples/push_to_hub.py"
+    )
     report_to: str | None = _option("Where curves go; left out, tensorboard when it is installed, else none")
 
     def __post_init__(self):
         if self.report_to is None:
             self.report_to = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
         super().__post_init__()
+        if self.push_to_hub and self.hub_strategy in ("checkpoint", "all_checkpoints"):
+            raise ValueError(
+                f"`hub_strategy: {self.hub_strategy.value}` would put optimizer states and pickles into a repository "
+                "that others load from; take every_save or end. Checkpoints to go on from stay in `output_dir`."
+            )
         if self.grad_cache_rows is not None and self.grad_cache_rows < 1:
             raise ValueError(f"`grad_cache_rows` is {self.grad_cache_rows}, expected at least 1.")
         if self.grad_cache_rows is not None and self.fp16:

@@ -139,6 +139,11 @@ class ClassificationTrainingArguments(MMCLIPTrainingArguments):
         super().__post_init__()
         if self.text_learning_rate is not None:
             raise ValueError("`text_learning_rate` does nothing here: a classifier has no text tower.")
+        if self.push_to_hub:
+            raise ValueError(
+                "`push_to_hub` does nothing here, where one command makes many models; publish the best of them with "
+                "examples/push_to_hub.py and a --card of your own."
+            )
         if self.resume_from_checkpoint:
             raise ValueError(
                 "`resume_from_checkpoint` does nothing here: runs that have ended are kept, others begin anew."

@@ -13,13 +13,14 @@ from safetensors import SafetensorError
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import seed_worker, speed_metrics
 
 from ..evaluation.zero_shot import evaluate_zero_shot
 from ..text.masking import MASKING_COUNTS, masking_rates
 from .compiling import compile_parts
 from .grad_cache import average_gradients, cached_backward
+from .pushing import PushingTrainer
 from .recovery import StopOnSignal, ignore_signals, last_whole_checkpoint
 from .sampler import MMCLIPBatchSampler
 from .sharding import prepare_for_sharding, shard_on_cpu_too
@@ -35,19 +36,26 @@ class _SetEpoch(TrainerCallback):
         self.train_dataset.set_epoch(int((state.epoch or 0) + 1e-6))  # whole also when a run goes on within an epoch
 
 
-class MMCLIPTrainer(Trainer):
+class MMCLIPTrainer(PushingTrainer):
     """Trains [`MMCLIPForPreTraining`] on an [`MMCLIPDataset`] with an [`MMCLIPCollator`], whose augmentation it applies
     where the batch is; losses on pixels see the augmented ones, and validation none.
 
     `eval_dataset` is a manifest of rows, `processing_class` the processor. Validation scores the rows zero-shot and
     gives `eval_macro_auroc` (and the AUROC of each label), so `metric_for_best_model: macro_auroc` keeps the best
     checkpoint. `validation_labels` limits the labels. Each loss is logged as `loss_NAME`, averaged since the last log,
-    and with EntMLM the `masking_rates` of all texts since then.
+    and with EntMLM the `masking_rates` of all texts since then. `record` is the `training_record` of the run, of which
+    `push_to_hub` makes the model card.
     """
 
     def __init__(
-        self, *args, validation_labels: list[str] | None = None, fully_labelled: tuple[str, ...] = (), **kwargs
+        self,
+        *args,
+        validation_labels: list[str] | None = None,
+        fully_labelled: tuple[str, ...] = (),
+        record: dict | None = None,
+        **kwargs,
     ):
+        self.record = record
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(

@@ -53,14 +53,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def make_reader(args: argparse.Namespace):
     """The `FilmReader` of the arguments; `ValueError` for a mistake in them."""
-    from MMCLIP.demo.reading import FilmReader, read_reports
     from MMCLIP.evaluation.embeddings import EmbeddingCache, text_features
     from MMCLIP.evaluation.probabilities import load_calibration
     from MMCLIP.inference.loading import load_model
+    from MMCLIP.inference.reading import FilmReader, read_report_ids
 
     prompts = prompt_set(args.prompts)
     calibration = load_calibration(args.calibration) if args.calibration else None
-    reports = read_reports(args.reports) if args.reports else []
+    reports = list(read_report_ids(args.reports)) if args.reports else []
     model, processor = load_model(args.model, args.revision, args.device)
     embeds = None
     if args.cache_dir and reports:

@@ -14,9 +14,9 @@ from PIL import Image
 from MMCLIP.data.phantom import make_phantom
 from MMCLIP.demo import pages
 from MMCLIP.demo.interface import Demo, build_page, remove_old, take_upload
-from MMCLIP.demo.reading import MAX_FINDINGS, FilmReader, Finding, Score
 from MMCLIP.evaluation.probabilities import Calibration, FindingCalibration
 from MMCLIP.inference.loading import load_model
+from MMCLIP.inference.reading import MAX_FINDINGS, FilmReader, Finding, Score
 from MMCLIP.text.prompt_sets import prompt_set
 
 

@@ -12,12 +12,12 @@ from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from .. import __version__
-from ..demo.reading import Film, FilmReader, Finding, Score, parse_finding
 from ..evaluation.embeddings import model_fingerprint
 from ..evaluation.overlays import file_name, overlay
 from ..evaluation.probabilities import load_calibration
 from ..inference.files import find_images, read_films
 from ..inference.loading import load_model
+from ..inference.reading import Film, FilmReader, Finding, Score, parse_finding, read_report_ids
 from ..inference.tables import TableWriter, check_output, flat_row
 from ..text.prompt_sets import prompt_set
 
@@ -226,24 +226,6 @@ def _about_findings(reader: FilmReader, findings: list[Finding]) -> dict[str, An
             for finding in findings
         },
     }
-
-
-def read_report_ids(path: str) -> dict[str, str]:
-    """Report -> its `row_id` (that of the first of several) of a table or a prepared folder, without its images."""
-    from ..data.prepared import read_prepared
-    from ..data.readers import read_csv_manifest
-
-    if Path(path).is_dir():
-        rows = read_prepared(path)
-    else:
-        rows = read_csv_manifest(path, drop_unlabelled=True, check_images=False)
-    found: dict[str, str] = {}
-    for report, row_id in zip(rows["report"], rows["row_id"], strict=True):
-        if report and report.strip():
-            found.setdefault(" ".join(report.split()), row_id)
-    if not found:
-        raise ValueError(f"reports: {path}: none of {len(rows)} rows has a report; give a column `text`.")
-    return found
 
 
 def _warn_of_long_texts(run: _Run, texts: list[str]) -> None:

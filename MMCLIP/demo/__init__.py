@@ -1,1 +1,2 @@
-"""The web demo of `examples/app.py`: reading.py asks the model, pages.py writes HTML, interface.py is Gradio."""
+"""The web demo of `examples/app.py`: pages.py writes HTML, interface.py is Gradio; the model is asked by
+`MMCLIP/inference/reading.py`."""

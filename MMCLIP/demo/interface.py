@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from ..data.phantom import make_phantom
+from ..inference.reading import MAX_FINDINGS, Film, FilmReader, Finding, known_findings, parse_finding
 from . import pages
-from .reading import MAX_FINDINGS, Film, FilmReader, Finding, known_findings, parse_finding
 
 
 UPLOAD_SECONDS = 120  # what is older in the folder of uploads was broken off, or never asked about

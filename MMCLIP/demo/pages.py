@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from ..evaluation.probabilities import Calibration
-from .reading import Film, Score
+from ..inference.reading import Film, Score
 
 
 STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8")

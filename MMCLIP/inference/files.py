@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from ..data.plausibility import xray_likeness
-from ..demo.reading import Film
 from ..image_processing_mmclip import load_grayscale
 from ..modeling_mmclip import evaluating
+from .reading import Film
 
 
 # what is looked for in folders; other names count where the content begins as a DICOM file does

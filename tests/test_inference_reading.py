@@ -1,4 +1,4 @@
-"""What the demo asks of the model: the same numbers as the evaluation, from one pass of the image tower."""
+"""What demo and command line ask of the model: the same numbers as the evaluation, from one pass of the image tower."""
 
 import io
 
@@ -9,11 +9,11 @@ from dicom_files import make_dicom
 from PIL import Image
 
 from MMCLIP.data.phantom import make_phantom, phantom_dataset
-from MMCLIP.demo.reading import FilmReader, known_findings, parse_finding, read_reports
 from MMCLIP.evaluation.grounding import sentence_heatmaps
 from MMCLIP.evaluation.probabilities import fit_calibration
 from MMCLIP.evaluation.zero_shot import zero_shot_scores
 from MMCLIP.inference.loading import load_model
+from MMCLIP.inference.reading import FilmReader, known_findings, parse_finding, read_report_ids
 from MMCLIP.text.prompt_sets import prompt_set
 from MMCLIP.text.prompts import negative_prompts, positive_prompts
 from MMCLIP.text.vocabulary import vocabulary
@@ -182,7 +182,7 @@ def test_every_label_of_the_vocabulary_can_be_asked():
 def test_reports_are_read_once_each_from_a_table(tmp_path):
     table = tmp_path / "reports.csv"
     table.write_text("text\nNo effusion.\n The  heart is large.\nNo effusion.\n")
-    assert read_reports(str(table)) == ["No effusion.", "The heart is large."]
-    table.write_text("text,labels\n,edema\n")
-    with pytest.raises(ValueError, match="reports.csv"):
-        read_reports(str(table))
+    assert list(read_report_ids(str(table))) == ["No effusion.", "The heart is large."]
+    table.write_text("file,labels\nmissing.png,edema\n")  # images are not looked for
+    with pytest.raises(ValueError, match="reports.csv: none of 1 rows has a report"):
+        read_report_ids(str(table))

@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.plausibility import XrayLikeness, xray_likeness
+from ..data.prepared import read_prepared
+from ..data.readers import read_csv_manifest
 from ..evaluation.embeddings import text_features
 from ..evaluation.probabilities import Calibration, FindingCalibration
 from ..evaluation.retrieval import nearest
@@ -25,7 +28,7 @@ from ..text.vocabulary import LABEL_KINDS, NO_FINDING, canonical_label, vocabula
 SHOWN_SIDE = 768  # pixels of the longer side of a film on the page
 MAX_FINDINGS = 16
 MAX_LETTERS = 80  # of a finding that the vocabulary lacks
-# those that CheXpert competitions score, and the commonest others
+# the five by which CheXpert compares models, and pneumothorax
 COMMON_FINDINGS = ("atelectasis", "cardiomegaly", "consolidation", "edema", "pleural effusion", "pneumothorax")
 _DENIAL = re.compile(r"(no|not|without|absence of|absent)\b", re.IGNORECASE)
 _EXISTENCE = re.compile(r"there (is|are) (an? )?", re.IGNORECASE)
@@ -187,11 +190,16 @@ class FilmReader:
         return [(self.reports[index], float(value)) for index, value in zip(indices[0], similarities[0], strict=True)]
 
 
-def read_reports(path: str) -> list[str]:
-    """The reports of a table or a prepared folder (`read_manifest`), each text once. `ValueError` where it has none."""
-    from ..data.prepared import read_manifest
-
-    texts = dict.fromkeys(" ".join(report.split()) for report in read_manifest(path)["report"] if report)
-    if not texts:
-        raise ValueError(f"{path}: no row has a report. Give a table with a column `text`.")
-    return list(texts)
+def read_report_ids(path: str) -> dict[str, str]:
+    """Report -> its `row_id` (that of the first of several) of a table or a prepared folder, without its images."""
+    if Path(path).is_dir():
+        rows = read_prepared(path)
+    else:
+        rows = read_csv_manifest(path, drop_unlabelled=True, check_images=False)
+    found: dict[str, str] = {}
+    for report, row_id in zip(rows["report"], rows["row_id"], strict=True):
+        if report and report.strip():
+            found.setdefault(" ".join(report.split()), row_id)
+    if not found:
+        raise ValueError(f"reports: {path}: none of {len(rows)} rows has a report; give a column `text`.")
+    return found

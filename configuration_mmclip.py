@@ -1,5 +1,7 @@
 """MMCLIPConfig: every value that changes the weights or the forward of MMCLIP."""
 
+import copy
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -125,6 +127,15 @@ class MMCLIPConfig(PretrainedConfig):
             self.vision_config.vision_use_head = False  # MMCLIP pools by itself; an unread head would get no gradient
         super().__post_init__(**kwargs)
         self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in [`PretrainedConfig`]; the folder of a model that can fill masks is given the pipeline that does it."""
+        from .pipeline_mmclip import CUSTOM_PIPELINES  # this import also copies its file
+
+        vars(self).pop("custom_pipelines", None)  # of the checkpoint that this one was made from
+        if "MMCLIPForPreTraining" in (self.architectures or ()) and self.mlm_weight > 0:
+            self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
+        super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def from_vision_text_configs(cls, vision_config: PretrainedConfig, text_config: PretrainedConfig, **kwargs):

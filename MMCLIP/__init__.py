@@ -13,6 +13,7 @@ from transformers import (
 
 # not from the top: without torchvision, transformers 5.17 has a stand-in there that refuses everything
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
 
 
 _root = Path(__file__).resolve().parent.parent
@@ -22,6 +23,7 @@ if (_root / "modeling_mmclip.py").is_file() and not (Path(__file__).parent / "mo
 from .configuration_mmclip import MMCLIPConfig  # noqa: E402
 from .image_processing_mmclip import MMCLIPImageProcessor  # noqa: E402
 from .modeling_mmclip import MMCLIPForImageClassification, MMCLIPForPreTraining, MMCLIPModel  # noqa: E402
+from .pipeline_mmclip import TASK, FillMaskWithImagePipeline  # noqa: E402
 from .processing_mmclip import MMCLIPProcessor  # noqa: E402
 
 
@@ -34,6 +36,9 @@ AutoModelForPreTraining.register(MMCLIPConfig, MMCLIPForPreTraining, exist_ok=Tr
 AutoModelForImageClassification.register(MMCLIPConfig, MMCLIPForImageClassification, exist_ok=True)
 AutoProcessor.register(MMCLIPConfig, MMCLIPProcessor, exist_ok=True)
 AutoImageProcessor.register(MMCLIPConfig, slow_image_processor_class=MMCLIPImageProcessor, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline(
+    TASK, pipeline_class=FillMaskWithImagePipeline, pt_model=AutoModelForPreTraining, type="multimodal"
+)
 
 # `save_pretrained` copies the code of these classes next to the weights (the processors register themselves)
 MMCLIPConfig.register_for_auto_class()

@@ -133,4 +133,5 @@ def test_the_folder_holds_code_and_safetensors_only(saved):
     assert names == {
         "config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
         "configuration_mmclip.py", "modeling_mmclip.py", "image_processing_mmclip.py", "processing_mmclip.py",
+        "pipeline_mmclip.py",
     }  # fmt: skip

@@ -27,7 +27,8 @@ from ..modeling_mmclip import evaluating
 
 # what decides no embedding; the type of the weights is read from the weights
 _ABOUT_THE_FILE = {
-    "_name_or_path", "architectures", "auto_map", "dtype", "training_sources", "transformers_version"
+    "_name_or_path", "architectures", "auto_map", "custom_pipelines", "dtype", "training_sources",
+    "transformers_version",
 }  # fmt: skip
 
 

@@ -37,6 +37,10 @@ MEASURED = {
     "scaling": {
         "step_4_2_cached_rate", "step_4_2_cached_mb", "loss_64_whole_rate", "loss_64_chunked_mb",
     },
+    "onnx_encoders": {
+        "image_b_onnx_speedup", "image_b_int8_speedup", "image_b_onnx_plain_speedup", "image_b_bfloat16_speedup",
+        "image_b_onnx_8_speedup", "image_b_rate", "text_b_onnx_speedup", "text_b_int8_speedup", "text_b_rate_torch",
+    },
     "encoding": {
         "images_speedup_1024", "images_speedup_256", "images_rate_1024", "preprocessing_speedup_256",
         "image_tower_speedup", "preprocessing_share_1024", "texts_speedup", "texts_rate", "texts_rate_clip_77",

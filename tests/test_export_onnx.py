@@ -129,7 +129,7 @@ def test_int8_files_hold_bytes_for_weights_and_the_metadata_of_the_others(export
 
 def test_an_export_takes_the_int8_files_of_an_earlier_one_away(exported, tmp_path, monkeypatch):
     checkpoint, _ = exported
-    monkeypatch.setattr(onnx_encoders, "_export", lambda model, part, metadata, path: path.write_bytes(b""))
+    monkeypatch.setattr(onnx_encoders, "write_encoder", lambda model, part, metadata, path: path.write_bytes(b""))
     monkeypatch.setattr(onnx_encoders, "largest_difference", lambda *arguments: 0.0)
     for name in INT8_FILES.values():
         (tmp_path / name).write_bytes(b"of other weights")

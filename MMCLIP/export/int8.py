@@ -37,7 +37,7 @@ def quantize_encoders(folder: str | os.PathLike, calibration: Iterable[np.ndarra
             if is_static:
                 _quantize_convolutions(folder / name, written, calibration)
             else:
-                _quantize_products(folder / name, written)
+                quantize_products(folder / name, written)
             methods[part] = "static" if is_static else "dynamic"
             _copy_metadata(folder / name, written, f"int8 {methods[part]}")
         for name in INT8_FILES.values():
@@ -55,7 +55,8 @@ def needs_calibration(folder: str | os.PathLike) -> bool:
     return 2 * in_convolutions > sum(sizes.values())
 
 
-def _quantize_products(source: Path, target: Path) -> None:
+def quantize_products(source: Path, target: Path) -> None:
+    """`source` with the weights of its matrix products in 8 bit; needs no data."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     # only products with weights; that into the shared space (Gemm) and the patch embedding (Conv) are cheap as they are

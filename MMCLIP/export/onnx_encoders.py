@@ -73,8 +73,7 @@ def export_encoders(model, processor, folder: str | os.PathLike) -> dict[str, fl
             f"{folder} holds a saved model, whose tokenizer.json the export would replace. Give another folder, such "
             f"as {folder / 'onnx'}."
         )
-    model = copy.deepcopy(model).cpu().float().eval()  # eval: no dropout; a copy: the other one stays as it was
-    model.set_attn_implementation("eager")  # plain MatMul and Softmax; SDPA adds nodes that look for NaN
+    model = exportable(model)
     metadata = encoder_metadata(model, processor)
     folder.mkdir(parents=True, exist_ok=True)
     differences = {}
@@ -82,7 +81,7 @@ def export_encoders(model, processor, folder: str | os.PathLike) -> dict[str, fl
     with tempfile.TemporaryDirectory(dir=folder) as draft:
         _save_tokenizer(processor.tokenizer, metadata["max_tokens"], Path(draft, "tokenizer.json"))
         for part in FILES:
-            _export(model, part, metadata, Path(draft, FILES[part]))
+            write_encoder(model, part, metadata, Path(draft, FILES[part]))
             differences[part] = largest_difference(model, processor, Path(draft, FILES[part]), part)
             if not differences[part] <= TOLERANCE:  # also True for NaN
                 raise ValueError(
@@ -95,6 +94,13 @@ def export_encoders(model, processor, folder: str | os.PathLike) -> dict[str, fl
     for name in INT8_FILES.values():  # of an earlier export
         (folder / name).unlink(missing_ok=True)
     return differences
+
+
+def exportable(model):
+    """A copy of `model` to export: on the CPU, in float32, without dropout, its attention in plain operations."""
+    model = copy.deepcopy(model).cpu().float().eval()
+    model.set_attn_implementation("eager")  # SDPA would add nodes that look for NaN
+    return model
 
 
 def encoder_metadata(model, processor) -> dict[str, str | int | float]:
@@ -185,7 +191,8 @@ def open_session(path: str | os.PathLike, num_threads: int = 0):
     return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
 
 
-def _export(model, part: str, metadata: dict, path: Path) -> None:
+def write_encoder(model, part: str, metadata: dict, path: Path) -> None:
+    """The file of one encoder of an [`exportable`] model, not checked yet."""
     num_bytes = 4 * sum(parameter.numel() for parameter in ENCODERS[part](_tower_of(model, part)).parameters())
     if num_bytes > MAX_BYTES:
         raise ValueError(

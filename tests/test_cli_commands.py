@@ -1,10 +1,14 @@
 """The command `mmclip`, called as its users do, on made-up films in PNG, 16-bit PNG, JPEG and DICOM."""
 
+import ast
 import csv
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,6 +24,7 @@ from MMCLIP.evaluation.zero_shot import zero_shot_scores
 from MMCLIP.inference.loading import load_model
 
 
+ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ["Large left pleural effusion.", "Normal chest radiograph.", "The heart is enlarged."]
 
 
@@ -279,3 +284,40 @@ def test_python_m_mmclip_is_the_command_and_a_closed_pipe_is_no_error(inside):
     )
     run = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------- the README
+
+
+@pytest.fixture
+def reader(home, tmp_path, monkeypatch):
+    """A folder as the reader of the README has it, and the text of the page."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "demo").mkdir(parents=True)
+    (tmp_path / "outputs" / "demo" / "checkpoint").symlink_to(home / "model")
+    (tmp_path / "my_xrays").symlink_to(home / "films")
+    Image.open(home / "films" / "a.png").save("xray.png")
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_commands_of_the_readme_run(reader, home):
+    (home / "films" / "manifest.csv").write_text((home / "reports.csv").read_text())
+    (code,) = re.findall(r"^```bash\n(mmclip .*?)^```", reader, flags=re.DOTALL | re.MULTILINE)
+    commands = [shlex.split(line) for line in code.replace("\\\n", " ").splitlines()]
+    assert [command[1] for command in commands] == ["encode", "zero-shot", "heatmap", "retrieve"]
+    for command in commands:
+        assert main(command[1:]) == 0, command
+    assert len(pq.read_table("outputs/embeddings.parquet")) == 5 and len(read_csv("outputs/scores.csv")) == 10
+    assert len(read_csv("outputs/maps/heatmaps.csv")) == 1
+    assert len(json.loads(open("outputs/nearest.json").read())["rows"]) == 15
+
+
+def test_a_saved_folder_gives_first_scores_in_at_most_12_lines(reader, capsys):
+    codes = re.findall(r"^```python\n(.*?)^```", reader, flags=re.DOTALL | re.MULTILINE)
+    (code,) = [code for code in codes if "load_model(" in code]
+    assert len(code.splitlines()) <= 12
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)  # by itself: nothing of the page before it is needed
+    shown = ast.literal_eval(capsys.readouterr().out)
+    assert list(shown) == ["pleural effusion", "cardiomegaly", "pneumothorax"]
+    assert all(0 < score < 1 for score in shown.values())

@@ -16,6 +16,7 @@ from MMCLIP.processing_mmclip import default_tokenizer
 from PIL import Image
 
 from MMCLIP import MMCLIPConfig, MMCLIPForPreTraining, MMCLIPImageProcessor, MMCLIPModel, MMCLIPProcessor
+from MMCLIP.cli import build_parser
 from MMCLIP.data.phantom import FINDINGS
 from MMCLIP.data.readers import COLUMN_NAMES, SOURCES, source_reader
 from MMCLIP.training.arguments import DataArguments, MMCLIPTrainingArguments, ModelArguments, parse_run_config
@@ -138,6 +139,8 @@ def test_each_command_parses(home):
                 for name, options in getattr(arguments, "source_options", {}).items():
                     assert set(options) <= set(inspect.signature(source_reader(name)).parameters), command
                 prepared.update(getattr(arguments, "sources", ()))
+            elif command[0] == "mmclip":
+                build_parser().parse_args(command[1:])
             elif command[0] == "accelerate":
                 launch = launch_command_parser().parse_args(command[2:])
                 assert Path(launch.training_script).is_file()
@@ -146,7 +149,7 @@ def test_each_command_parses(home):
                 assert data.train_manifest in (["my_xrays/manifest.csv"], ["outputs/prepared"])
             else:
                 assert command[:2] in (["pip", "install"], ["hf", "upload"]), command
-    assert kinds == {"make", "python", "accelerate", "pip", "hf"}
+    assert kinds == {"make", "python", "mmclip", "accelerate", "pip", "hf"}
     assert prepared == {*SOURCES, "phantom", "cxr-mini"}  # a command for each public set
 
 
@@ -163,6 +166,7 @@ def test_each_option_in_the_text_is_an_option_of_a_run_and_changes_it(page, home
     launch_options = {option for action in launch_command_parser()._actions for option in action.option_strings}
     plain = vars_of(parse_run_config([config_file]))
     scripts = {
+        zero_shot_command: ["--model", "m"],
         parser_of("run_zero_shot"): ["--model", "m", "--phantoms", "1", "--output_dir", "o"],
         parser_of("run_evaluation"): ["--model", "m", "--protocol", "phantom", "--output_dir", "o"],
         parser_of("app"): ["--model", "m"],
@@ -184,6 +188,10 @@ def test_each_option_in_the_text_is_an_option_of_a_run_and_changes_it(page, home
             assert parsers, f"no script has {option}"
             for parse in parsers if values else ():
                 assert parse([*scripts[parse], option, *values]) != parse(scripts[parse]), f"{code} changes nothing"
+
+
+def zero_shot_command(arguments: list[str]):
+    return build_parser().parse_args(["zero-shot", "a.png", *arguments])
 
 
 def help_of(parse, capsys) -> set[str]:

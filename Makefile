@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup test slow lint demo clean
+.PHONY: setup test slow common lint demo clean
 
 $(VENV)/ready: requirements.txt setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,11 @@ test: setup
 
 slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# the tests that transformers runs on every model of its own, of the version that is installed; its wheel lacks them
+common: setup
+	$(BIN)/python tests/fetch_transformers_tests.py
+	$(BIN)/python -m pytest -m '' tests/test_transformers_common.py
 
 lint: setup
 	$(BIN)/ruff check .

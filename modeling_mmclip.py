@@ -361,7 +361,7 @@ class EntMLMHead(nn.Module):
         )
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
-    def forward(self, text_tokens, attention_mask, patch_tokens, word_embeddings, is_masked=None) -> Tensor:
+    def forward(self, text_tokens, attention_mask, patch_tokens, is_masked=None, *, word_embeddings) -> Tensor:
         """(B, T, H'), (B, T), (B, N, H), (vocab, W) -> (B, T, vocab), or (M, vocab) at the M True of `is_masked`."""
         decoded = self.decoder(self.decoder.input_projection(text_tokens), patch_tokens, attention_mask)
         # the vocabulary is the widest layer of all: only the masked words go through it
@@ -706,12 +706,19 @@ def evaluating(model: nn.Module):
 class MMCLIPModel(MMCLIPPreTrainedModel):
     """Two towers and a shared space: images and reports to L2-normalised embeddings and their similarities."""
 
+    main_input_name = "input_ids"
     _keys_to_ignore_on_load_unexpected = [r"^mim_head\.", r"^mlm_head\.", r"^no_image_token$", r"^classifier\."]
 
     def __init__(self, config: MMCLIPConfig | None = None):
         super().__init__(MMCLIPConfig() if config is None else config)
         self._add_towers()
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.text_model.set_input_embeddings(value)
 
     def _add_towers(self):
         config = self.config
@@ -1030,6 +1037,14 @@ class MMCLIPForPreTraining(MMCLIPModel):
             self.no_image_token = nn.Parameter(torch.zeros(1, 1, self.vision_hidden_size))
         self.post_init()
 
+    def _resize_token_embeddings(self, *args, **kwargs):
+        embeddings = super()._resize_token_embeddings(*args, **kwargs)
+        if self.config.mlm_weight > 0:  # EntMLM has a bias for each word; a new one starts at 0
+            bias = self.mlm_head.bias
+            kept = bias.data[: embeddings.num_embeddings]
+            bias.data = F.pad(kept, (0, embeddings.num_embeddings - len(kept)))
+        return embeddings
+
     @can_return_tuple
     def forward(
         self,
@@ -1067,15 +1082,24 @@ class MMCLIPForPreTraining(MMCLIPModel):
             attention_mask = torch.ones_like(input_ids)
         sizes = rows_per_process(len(pixel_values), pixel_values.device)  # first, while nothing has to be waited for
 
+        prompt_embeds = None
+        if (self.config.prompt_weight > 0 or self.config.local_weight > 0) and prompt_input_ids is not None:
+            # prompts are short: a pass of their own costs less than padding them to the length of a report; it is the
+            # first, as then its gradients, which are as large as the tower, come when the others have left
+            prompt_embeds = self.embed_prompts(prompt_input_ids, prompt_attention_mask)
         rows = self.encode_rows(pixel_values, input_ids, attention_mask, input_ids_masked)
         rebuilt = self.rebuild(
-            rows, pixel_values, attention_mask, has_image, mlm_labels, entity_mask, mim_noise, bool_masked_pos
+            rows,
+            pixel_values,
+            attention_mask,
+            has_image,
+            mlm_labels,
+            entity_mask,
+            mim_noise,
+            bool_masked_pos,
+            num_parts=min(4, *sizes, len(pixel_values)),  # the same in every process, as FSDP needs
         )
-        finding_logits = {}
-        if (self.config.prompt_weight > 0 or self.config.local_weight > 0) and prompt_input_ids is not None:
-            # prompts are short: a pass of their own costs less than padding them to the length of a report
-            prompt_embeds = self.embed_prompts(prompt_input_ids, prompt_attention_mask)
-            finding_logits = self.finding_logits(rows, prompt_embeds)
+        finding_logits = {} if prompt_embeds is None else self.finding_logits(rows, prompt_embeds)
         losses = self.batch_losses(
             rows.image_embeds, rows.text_embeds, finding_logits, has_image, group_ids, prompt_labels, sizes
         )
@@ -1094,13 +1118,16 @@ class MMCLIPForPreTraining(MMCLIPModel):
             text_to_patch_attention=rebuilt.text_to_patch_attention,
         )
 
+    @property
+    def _saves_memory(self) -> bool:
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.text_model.modules())
+
     def encode_rows(self, pixel_values, input_ids, attention_mask, input_ids_masked=None) -> EncodedRows:
         """Both towers on the rows of a batch, whole and masked texts in one pass unless memory is to be saved."""
         masks_words = self.config.mlm_weight > 0 and input_ids_masked is not None
         pooled_image, patch_tokens, _ = self.encode_image(pixel_values)  # (B, H), (B, N, H)
         masked_text_tokens = None
-        saves_memory = any(getattr(module, "gradient_checkpointing", False) for module in self.text_model.modules())
-        if masks_words and not (self.training and saves_memory):
+        if masks_words and not (self.training and self._saves_memory):
             texts, mask = torch.cat([input_ids, input_ids_masked]), torch.cat([attention_mask, attention_mask])
             pooled_text, text_tokens, _ = self.encode_text(texts, mask)
             text_tokens, masked_text_tokens = text_tokens.split(len(input_ids))
@@ -1130,10 +1157,12 @@ class MMCLIPForPreTraining(MMCLIPModel):
         bool_masked_pos: Tensor | None = None,
         num_hidden_patches: Tensor | None = None,
         num_hidden_words: Tensor | None = None,
+        num_parts: int = 1,
     ) -> Rebuilt:
         """AttMIM and EntMLM: both see one row at a time, so that a batch may go through in parts.
 
-        Then `num_hidden_patches` and `num_hidden_words` are those of the whole batch, see [`masked_patch_loss`].
+        Then `num_hidden_patches` and `num_hidden_words` are those of the whole batch, see [`masked_patch_loss`]. With
+        gradient checkpointing the decoders themselves see the rows in `num_parts` parts.
         """
         config, patch_tokens = self.config, rows.patch_tokens
         rebuilt = Rebuilt(losses={})
@@ -1144,7 +1173,9 @@ class MMCLIPForPreTraining(MMCLIPModel):
             if bool_masked_pos is None:
                 bool_masked_pos = self._hide_patches(rebuilt.text_to_patch_attention, mim_noise)
             rebuilt.bool_masked_pos = bool_masked_pos
-            rebuilt.mim_logits = self.mim_head(patch_tokens, bool_masked_pos, rows.text_tokens, attention_mask)
+            rebuilt.mim_logits = self._in_parts(
+                num_parts, self.mim_head, patch_tokens, bool_masked_pos, rows.text_tokens, attention_mask
+            )
             targets = normalise_patches(patchify(pixel_values, self.patch_size))
             rebuilt.losses["mim"] = masked_patch_loss(
                 rebuilt.mim_logits, targets, bool_masked_pos & has_image[:, None], num_hidden_patches
@@ -1153,10 +1184,25 @@ class MMCLIPForPreTraining(MMCLIPModel):
             seen = torch.where(has_image[:, None, None], patch_tokens, self.no_image_token.to(patch_tokens.dtype))
             is_masked = None if mlm_labels is None else mlm_labels != -100
             words = self.text_model.get_input_embeddings().weight
-            rebuilt.mlm_logits = self.mlm_head(rows.masked_text_tokens, attention_mask, seen, words, is_masked)
+            rebuilt.mlm_logits = self._in_parts(
+                num_parts,
+                self.mlm_head,
+                rows.masked_text_tokens,
+                attention_mask,
+                seen,
+                is_masked,
+                word_embeddings=words,
+            )
             if mlm_labels is not None:
                 rebuilt.losses["mlm"] = masked_token_loss(rebuilt.mlm_logits, mlm_labels[is_masked], num_hidden_words)
         return rebuilt
+
+    def _in_parts(self, num_parts: int, head: nn.Module, *rows: Tensor | None, **others) -> Tensor:
+        """`head` of all rows; with gradient checkpointing of some at a time, made again for their gradient."""
+        if not (self.training and self._saves_memory):
+            return head(*rows, **others)
+        parts = ((None,) * num_parts if values is None else values.tensor_split(num_parts) for values in rows)
+        return torch.cat([checkpoint(head, *part, use_reentrant=False, **others) for part in zip(*parts, strict=True)])
 
     def embed_prompts(self, prompt_input_ids: Tensor, prompt_attention_mask: Tensor) -> Tensor:
         """(2F, T'), (2F, T') -> (F, 2, D): "there is X" and "there is no X", L2-normalised."""
@@ -1231,6 +1277,9 @@ class MMCLIPForImageClassification(MMCLIPPreTrainedModel):
         self._add_vision_tower()
         self.classifier = nn.Linear(self.vision_hidden_size, config.num_labels)
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.get_input_embeddings()
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs) -> ImageClassifierOutput:

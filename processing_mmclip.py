@@ -62,7 +62,8 @@ class MMCLIPProcessor(ProcessorMixin):
         may be left out. Texts are padded to the longest and cut to the tokenizer's `model_max_length`; the first cut
         is told by a warning. `return_tensors` defaults to "pt". Other options of the image processor
         (`size`, `do_pad`, ...) and of the tokenizer (`padding`, `max_length`, `return_offsets_mapping`, ...) hold for
-        this call, flat or in `images_kwargs` and `text_kwargs`; an unknown one raises `TypeError`.
+        this call, flat or in `images_kwargs` and `text_kwargs`; an unknown one raises `TypeError`, one that is given
+        both ways `ValueError`.
         """
         if images is None and text is None:
             raise ValueError(f"{type(self).__name__} needs `images`, `text` or both, got neither.")
@@ -78,7 +79,10 @@ class MMCLIPProcessor(ProcessorMixin):
                     f"{type(self).__name__} knows no option {name}; images take {', '.join(sorted(IMAGE_OPTIONS))}, "
                     f"texts take {', '.join(sorted(TEXT_OPTIONS))}."
                 )
-            (image_options if name in IMAGE_OPTIONS else text_options)[name] = value
+            options, group = (image_options, "images") if name in IMAGE_OPTIONS else (text_options, "text")
+            if name in options:
+                raise ValueError(f"`{name}` is given twice, in `{group}_kwargs` and beside it. Leave one of them out.")
+            options[name] = value
 
         data = {}
         if images is not None:
@@ -97,7 +101,11 @@ class MMCLIPProcessor(ProcessorMixin):
         if not texts:
             raise ValueError("expected at least one text, got an empty list.")
         # two-segment ids mean nothing to a single text; ask for them where a tower wants them
-        options = {"padding": True, "truncation": True, "return_token_type_ids": False, **options}
+        defaults = {"padding": True, "truncation": True, "return_token_type_ids": False}
+        # what the tokenizer was made with, AutoTokenizer.from_pretrained(folder, max_length=77)
+        made_with = self.tokenizer.init_kwargs
+        defaults |= {name: made_with[name] for name in ("padding", "max_length", "truncation") if name in made_with}
+        options = {**defaults, **options}
         encoded = self.tokenizer(texts, **options)
         if options["truncation"]:
             self._warn_of_truncation(texts, encoded, options)

@@ -89,6 +89,7 @@ setup(
             PEFT,
             "sentence-transformers>=6.0,<7",  # a recipe of the README; since 6 it takes images of models like ours
             "negspacy>=1.1,<2",  # the peer of our negation rules in benchmarks/entities.py, and its own pipelines
+            "parameterized>=0.9",  # the tests that transformers brings for every model want it
             *DEMO,
             *ONNX,
             "selenium>=4.30",  # drives Chromium through the demo, where there is one

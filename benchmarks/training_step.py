@@ -201,7 +201,7 @@ def naive_loss(model: MMCLIPForPreTraining, batch: dict) -> Tensor:
 
     masked_tokens = model.encode_text(batch["input_ids_masked"], mask)[1]
     words = model.text_model.get_input_embeddings().weight
-    mlm_logits = model.mlm_head(masked_tokens, mask, patch_tokens, words)  # (B, T, vocab)
+    mlm_logits = model.mlm_head(masked_tokens, mask, patch_tokens, word_embeddings=words)  # (B, T, vocab)
     total = total + F.cross_entropy(mlm_logits.flatten(0, 1).float(), batch["mlm_labels"].flatten())
 
     return total + prompt_losses(model, batch, image_embeds, patch_tokens)
@@ -363,7 +363,7 @@ def measure_parts(trained: Trained, batch: dict, num_rounds: int, clock: Callabl
 
     def entmlm():
         is_masked, words = batch["mlm_labels"] != -100, model.text_model.get_input_embeddings().weight
-        logits = model.mlm_head(leaf(text_tokens), mask, leaf(patch_tokens), words, is_masked)
+        logits = model.mlm_head(leaf(text_tokens), mask, leaf(patch_tokens), is_masked, word_embeddings=words)
         return masked_token_loss(logits, batch["mlm_labels"][is_masked])
 
     losses = {

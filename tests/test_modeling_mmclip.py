@@ -431,7 +431,9 @@ def test_sdpa_and_eager_attention_agree(batch):
     torch.testing.assert_close(eager(**batch).loss, model(**batch).loss, atol=1e-5, rtol=1e-5)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(batch):
+@pytest.mark.parametrize("batch_size", [2, 5])  # the decoders then see four parts, some of them without a row
+def test_gradient_checkpointing_gives_the_same_gradients(batch_size):
+    batch = tiny_batch(batch_size)
     model = MMCLIPForPreTraining(tiny_config()).train()
     saving = copy.deepcopy(model)
     saving.gradient_checkpointing_enable()
@@ -440,6 +442,19 @@ def test_gradient_checkpointing_gives_the_same_gradients(batch):
         each(**batch).loss.backward()
     for (name, one), (_, other) in zip(model.named_parameters(), saving.named_parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, msg=name)
+
+
+def test_new_words_leave_the_old_ones_their_scores_and_are_saved(batch, tmp_path):
+    model = MMCLIPForPreTraining(tiny_config()).eval()
+    model.mlm_head.bias.data.normal_()
+    del batch["mlm_labels"]
+    before = model(**batch).mlm_logits
+    model.resize_token_embeddings(110)
+    after = model(**batch).mlm_logits
+    assert after.shape[-1] == 110 and model.config.text_config.vocab_size == 110
+    torch.testing.assert_close(after[..., :100], before)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(MMCLIPForPreTraining.from_pretrained(tmp_path)(**batch).mlm_logits, after)
 
 
 def test_bfloat16_and_compile_give_the_same_loss_within_rounding(batch):

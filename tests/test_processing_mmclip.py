@@ -96,6 +96,21 @@ def test_options_reach_their_part_flat_or_grouped(processor):
     assert processor(text="no edema", return_offsets_mapping=True).offset_mapping.shape == (1, 4, 2)
 
 
+def test_an_option_that_is_given_twice_is_refused(processor):
+    with pytest.raises(ValueError, match="`size` is given twice, in `images_kwargs`"):
+        processor(images=IMAGE, size=4, images_kwargs={"size": 8})
+    with pytest.raises(ValueError, match="`padding` is given twice, in `text_kwargs`"):
+        processor(text="edema", padding=True, text_kwargs={"padding": False})
+
+
+def test_what_the_tokenizer_was_made_with_holds_until_a_call_says_otherwise(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, max_length=7, padding="max_length")
+    made = MMCLIPProcessor(processor.image_processor, tokenizer)
+    assert made(text="no edema").input_ids.shape == (1, 7)
+    assert made(text="no edema", padding=True).input_ids.shape == (1, 4)
+
+
 def test_misspelt_options_and_empty_calls_are_refused(processor):
     with pytest.raises(TypeError, match="truncatoin"):
         processor(text="edema", truncatoin=True)

@@ -7,6 +7,7 @@ texts reports of phantoms, cut by the same tokenizer. CLIP's texts are padded to
 tokens, as CLIP was trained. What is compared runs in turns. On a GPU all is in bf16. `--quick` only shows that it runs.
 """
 
+import copy
 import time
 from collections.abc import Callable
 
@@ -28,6 +29,8 @@ QUICK_TOWERS = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads"
 # what is measured, and the target of it where there is one
 MEASURES = {
     **{f"images_speedup_{side}": (f"encode of {side} px pictures, times as fast as CLIP", ">=", 1.5) for side in SIDES},
+    "images_speedup_bfloat16": (f"encode in bfloat16 of {SIDES[0]} px pictures, times as fast as CLIP in float32",),
+    "images_speedup_both_bfloat16": ("the same with CLIP in bfloat16 too",),
     **{f"images_rate_{side}": (f"{side} px pictures, images a second",) for side in SIDES},
     **{f"images_rate_clip_{side}": (f"{side} px pictures with CLIP, images a second",) for side in SIDES},
     **{f"preprocessing_speedup_{side}": (f"processor on {side} px, times as fast as CLIP's",) for side in SIDES},
@@ -84,11 +87,15 @@ def measure(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     ours, clip = (model.to(device, dtype).eval() for model in (ours, clip))
 
-    def on_device(batch):
+    ours_bfloat16, clip_bfloat16 = (copy.deepcopy(model).bfloat16() for model in (ours, clip))
+    ours_bfloat16.processor = ours.processor
+
+    def on_device(batch, dtype=dtype):
         return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in batch.items()}
 
-    def clip_images(images):
-        return clip.get_image_features(**on_device(clip_processor(images=images, return_tensors="pt"))).pooler_output
+    def clip_images(images, clip=clip):
+        batch = on_device(clip_processor(images=images, return_tensors="pt"), clip.dtype)
+        return clip.get_image_features(**batch).pooler_output
 
     def clip_tokens(texts, padding):
         options = {"padding": padding, "truncation": True, "max_length": MAX_LENGTH, "return_token_type_ids": False}
@@ -104,6 +111,8 @@ def measure(
     functions = {
         "image_tower": lambda: ours.get_image_features(**pixels),
         "image_tower_clip": lambda: clip.get_image_features(**clip_pixels),
+        "images_bfloat16": lambda: ours_bfloat16.encode(shown[SIDES[0]], batch_size=batch_size)[0],
+        "images_clip_bfloat16": lambda: clip_images(shown[SIDES[0]], clip_bfloat16),
         "texts": lambda: ours.encode(texts=texts, batch_size=batch_size)[1],
         "texts_clip": lambda: clip_texts(texts, True),
         "texts_clip_77": lambda: clip_texts(texts, "max_length"),
@@ -131,6 +140,8 @@ def measure(
     tokens = {"ours": ours.processor(text=texts)["input_ids"], "clip": clip_tokens(texts, True)["input_ids"]}
     results = {
         "image_tower_speedup": seconds["image_tower_clip"] / seconds["image_tower"],
+        "images_speedup_bfloat16": seconds[f"images_clip_{SIDES[0]}"] / seconds["images_bfloat16"],
+        "images_speedup_both_bfloat16": seconds["images_clip_bfloat16"] / seconds["images_bfloat16"],
         "texts_speedup": seconds["texts_clip"] / seconds["texts"],
         "texts_speedup_77": seconds["texts_clip_77"] / seconds["texts"],
         "texts_rate": batch_size / seconds["texts"],

@@ -118,6 +118,27 @@ def test_16_bit_and_dicom_films_are_believed(tmp_path):
     assert xray_likeness(tmp_path / "film.dcm").score == xray_likeness(dicom).score == 1
 
 
+def test_a_dicom_header_may_say_that_it_is_no_radiograph_of_a_chest(tmp_path):
+    pixels = np.asarray(film(1))
+
+    def judged(**header):
+        dicom = make_dicom(pixels, PatientName="Doe^Jane", **header)
+        (tmp_path / "film").write_bytes(file_bytes(dicom))
+        found = xray_likeness(tmp_path / "film")
+        assert found == xray_likeness(dicom) == xray_likeness((tmp_path / "film").read_bytes())
+        assert not any("Doe" in reason for reason in found.reasons)
+        return found
+
+    assert judged(Modality="DX", BodyPartExamined="PORT CHEST").score == 1
+    assert judged(Modality=None, BodyPartExamined="").score == 1
+    mammogram = judged(Modality="MG", BodyPartExamined="BREAST")
+    assert mammogram.reasons == [
+        "its DICOM header says the modality MG", "its DICOM header says the body part BREAST"
+    ]  # fmt: skip
+    assert mammogram.score == pytest.approx(0.06)
+    assert judged(Modality="CR", BodyPartExamined="HAND").reasons == ["its DICOM header says the body part HAND"]
+
+
 def test_an_unreadable_file_is_the_error_of_the_reader(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ValueError, match="text.png: expected an image file"):

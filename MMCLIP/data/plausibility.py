@@ -22,6 +22,9 @@ DOUBT = 0.5  # a score below is worth a warning
 THUMBNAIL = 256  # pixels of the longer side
 PATTERN_SIDE = 32
 COLOUR_SAMPLES = 128  # pixels of the original along each side that are asked for their colour
+# what DICOM calls radiographs; a header that says nothing is not held against a film
+MODALITIES = ("CR", "DX", "DR", "RG", "RF", "XA", "XR", "OT", "SC")
+CHEST_WORDS = ("CHEST", "THORA", "LUNG", "RIB", "HEART")
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,16 @@ def xray_likeness(image: Any) -> XrayLikeness:
     """How far `image` looks like a frontal chest radiograph: whatever `load_grayscale` reads, and raises as it does.
 
     Each rule gives a factor in (0, 1], and the score is their product; a rule whose factor is below 0.8 adds a reason.
-    About 10 ms for a picture of 2,500 px in memory; a path adds the time of decoding it.
+    Of a DICOM header modality and body part are read, nothing else. About 10 ms for a picture of 2,500 px in memory; a
+    path adds the time of decoding it.
     """
+    if isinstance(image, dict):  # of `datasets.Image(decode=False)`
+        image = image["bytes"] if image.get("bytes") is not None else image.get("path", image)
     if isinstance(image, (str, os.PathLike, bytes)):
         image = _opened(image)
     thumbnail, (width, height) = load_shrunk(image, longer_side=THUMBNAIL)
     gray = np.asarray(thumbnail).astype(np.float32)
-    found = sorted(_judged(gray, width, height, _coloured_share(image)))
+    found = sorted([*_judged_header(image), *_judged(gray, width, height, _coloured_share(image))])
     score = float(np.prod([factor for factor, _ in found]))
     return XrayLikeness(score, [reason for factor, reason in found if factor < 0.8])
 
@@ -83,6 +89,28 @@ def _judged(gray: np.ndarray, width: int, height: int, coloured: float) -> Itera
     if pattern < -0.3:
         shape += "; it may be inverted (black and white exchanged)"
     yield _ramp(pattern, 0.2, -0.1, 0.1), shape
+
+
+def _judged_header(image: Any) -> Iterator[tuple[float, str]]:
+    """The same for what a DICOM header says of its picture."""
+    modality, body_part = _dicom_words(image)
+    if modality and modality not in MODALITIES:
+        yield 0.2, f"its DICOM header says the modality {modality}"
+    if body_part and not any(word in body_part for word in CHEST_WORDS):
+        yield 0.3, f"its DICOM header says the body part {body_part}"
+
+
+def _dicom_words(image: Any) -> tuple[str, str]:
+    """Modality and body part in capitals, "" where there is no header or no such element."""
+    names = ["Modality", "BodyPartExamined"]
+    if isinstance(image, (str, os.PathLike, bytes)):
+        import pydicom  # `load_shrunk` has read a file with it that PIL does not know
+
+        source = io.BytesIO(image) if isinstance(image, bytes) else image
+        image = pydicom.dcmread(source, stop_before_pixels=True, force=True, specific_tags=names)
+    elif isinstance(image, (Image.Image, np.ndarray, dict)) or not hasattr(image, "file_meta"):
+        return "", ""
+    return tuple("".join(filter(str.isprintable, str(image.get(name) or ""))).strip().upper()[:16] for name in names)
 
 
 def _ramp(value: float, good: float, bad: float, lowest: float) -> float:
@@ -135,9 +163,6 @@ def _coloured_share(image: Any) -> float:
 
 def _sampled(image: Any) -> np.ndarray | None:
     """Pixels of `image` on a coarse grid, (rows, columns, 3) in [0, 255]; None for what has no colours."""
-    if isinstance(image, dict):
-        source = image.get("bytes") if image.get("bytes") is not None else image.get("path")
-        image = _opened(source)
     if isinstance(image, Image.Image):
         if image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I"):
             return None

@@ -5,8 +5,8 @@
 
 Large files go the way of git LFS, so run it with HF_HUB_DISABLE_XET=1. It checks what the real one checks and tests
 rely on: tokens and their roles, private repositories, hashes of uploads, the parent of a commit, and the metadata of a
-card. `hub.fail_uploads` breaks so many uploads of large files; `hub.log` holds every request, `hub.uploads` the bytes
-of the large files that arrived.
+card. After `hub.fail_after` uploads of large files the next ones break; `hub.log` holds every request, `hub.uploads`
+the bytes of the large files that arrived.
 """
 
 import base64
@@ -62,7 +62,7 @@ class FakeHub(ThreadingHTTPServer):
         self.repos: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
         self.lfs_from = lfs_from
-        self.fail_uploads = 0
+        self.fail_after: int | None = None
         self.log: list[str] = []
         self.uploads: list[int] = []
         self.lock = threading.RLock()
@@ -279,6 +279,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def validate_yaml(self):
         errors = card_errors(json.loads(self.body)["content"])
+        if self.headers.get("Accept") == "text/plain":
+            raise _Answer(400 if errors else 200, "\n".join(errors).encode(), headers={"Content-Type": "text/plain"})
         about = {"errors": [{"message": error} for error in errors], "warnings": []}
         raise _Answer(400 if errors else 200, about)
 
@@ -300,8 +302,7 @@ class _Handler(BaseHTTPRequestHandler):
         raise _Answer(200, {"transfer": "basic", "objects": objects})
 
     def upload(self, sha256: str):
-        if self.server.fail_uploads:
-            self.server.fail_uploads -= 1
+        if self.server.fail_after is not None and len(self.server.uploads) >= self.server.fail_after:
             raise ConnectionAbortedError
         if hashlib.sha256(self.body).hexdigest() != sha256:
             raise _Answer(422, {"error": "the content has another hash"})
@@ -339,6 +340,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 def connect(hub: FakeHub, monkeypatch, home, token: str | None = WRITE_TOKEN) -> None:
     """From now on this process takes `hub` for the Hub, `token` for the one of the user, `home` for its cache."""
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + template)
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)

@@ -43,7 +43,7 @@ def prepare(
     files, stays = collect_files(model_dir)
     config = check_weights(model_dir)
     run_dir = find_run(model_dir) if run_dir is None else Path(run_dir)
-    run = read_run(run_dir)
+    run = read_run(run_dir, model_dir)
     if "ForImageClassification" in (config.architectures or [""])[0] and card_file is None:
         raise ValueError(f"{model_dir} is a fine-tuned classifier, of which no card is made: write one, for --card.")
     fingerprint = "" if card_file is not None else saved_fingerprint(model_dir)

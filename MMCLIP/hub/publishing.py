@@ -18,6 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -285,7 +286,10 @@ def hub_errors(api: HfApi, repo_id: str) -> Iterator[None]:
         if status == 412:
             raise RuntimeError(f"Somebody else has pushed to {repo_id} since it was compared. Call again.") from error
         raise ConnectionError(f"{api.endpoint} answered {status}: {said}.") from error
-    except HTTPError as error:  # what the HTTP library raises: no route, time-outs, a broken connection
+    except (
+        HTTPError,
+        LocalEntryNotFoundError,
+    ) as error:  # what the HTTP library raises: no route, time-outs, a broken connection
         raise ConnectionError(lost.format(f" ({type(error).__name__})")) from error
     except RuntimeError as error:
         if not isinstance(error.__cause__, (HTTPError, OSError)):

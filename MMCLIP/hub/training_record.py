@@ -121,17 +121,24 @@ def validation_of(state: dict, keeps_best: bool) -> dict | None:
 
 
 def find_run(model_dir: str | os.PathLike) -> Path:
-    """The folder of the run that made a checkpoint: its own, or the one above that has the record or the results."""
+    """The folder of the run that made a checkpoint: its own, or the one above, where the record or the results lie."""
     folder = Path(model_dir).resolve()
-    names = (FILE_NAME, "train_results.json", "trainer_state.json")
-    return next((place for place in (folder, folder.parent) if any((place / n).is_file() for n in names)), folder)
+    places = [place / name for name in (FILE_NAME, "train_results.json") for place in (folder, folder.parent)]
+    return next((path.parent for path in places if path.is_file()), folder)
 
 
-def read_run(folder: str | os.PathLike) -> Run:
-    """The run whose files lie in `folder`; what is not there stays empty. Raises `ValueError` for a broken file."""
+def read_run(folder: str | os.PathLike, model_dir: str | os.PathLike | None = None) -> Run:
+    """The run whose files lie in `folder`; what is not there stays empty. Raises `ValueError` for a broken file.
+
+    A `model_dir` that is one of the Trainer's own checkpoints has a state of its own, as it was then.
+    """
+    places = {name: Path(folder) / name for name in (FILE_NAME, "train_results.json", "trainer_state.json")}
+    own_state = Path(model_dir or folder) / "trainer_state.json"
+    is_checkpoint = own_state != places["trainer_state.json"] and own_state.is_file()
+    if is_checkpoint:
+        places["trainer_state.json"] = own_state
     files = {}
-    for name in (FILE_NAME, "train_results.json", "trainer_state.json"):
-        path = Path(folder) / name
+    for name, path in places.items():
         try:
             files[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except json.JSONDecodeError as error:
@@ -139,7 +146,7 @@ def read_run(folder: str | os.PathLike) -> Run:
     state = files["trainer_state.json"]
     return Run(
         record=files[FILE_NAME],
-        seconds=files["train_results.json"].get("train_runtime"),
+        seconds=None if is_checkpoint else files["train_results.json"].get("train_runtime"),
         steps=state.get("global_step"),
-        validation=validation_of(state, files[FILE_NAME].get("keeps_best", False)),
+        validation=validation_of(state, files[FILE_NAME].get("keeps_best", False) and not is_checkpoint),
     )

@@ -78,7 +78,12 @@ def load_grayscale(image: Any, where: str = "") -> Image.Image:
     file, zero area, too many pixels, NaN or infinity, and shapes or types that are no picture; `ImportError` for
     DICOM without pydicom.
     """
-    return _to_eight_bit(_read(image, where)[0])
+    return _to_eight_bit(load_unrounded(image, where))
+
+
+def load_unrounded(image: Any, where: str = "") -> Image.Image:
+    """`load_grayscale` before it rounds: mode "L", or mode "F" within [0, 255] for sources deeper than 8 bit."""
+    return _read(image, where)[0]
 
 
 def load_shrunk(

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from dicom_files import file_bytes, make_dicom
+from MMCLIP.image_processing_mmclip import load_unrounded
 from PIL import Image, ImageDraw, ImageFilter
 
 from MMCLIP.data.phantom import make_phantom
@@ -116,6 +117,15 @@ def test_16_bit_and_dicom_films_are_believed(tmp_path):
     dicom = make_dicom(deep, bits=12)
     (tmp_path / "film.dcm").write_bytes(file_bytes(dicom))
     assert xray_likeness(tmp_path / "film.dcm").score == xray_likeness(dicom).score == 1
+
+
+def test_a_picture_that_is_read_already_gives_the_same_answer(tmp_path):
+    photograph(0).save(tmp_path / "photo.png")
+    Image.fromarray(np.asarray(film(1)).astype(np.uint16) * 16).save(tmp_path / "deep.png")
+    (tmp_path / "film.dcm").write_bytes(file_bytes(make_dicom(np.asarray(film(1)), Modality="MG")))
+    for name in ("photo.png", "deep.png", "film.dcm"):
+        path = tmp_path / name
+        assert xray_likeness(path, load_unrounded(path)) == xray_likeness(path), name
 
 
 def test_a_dicom_header_may_say_that_it_is_no_radiograph_of_a_chest(tmp_path):

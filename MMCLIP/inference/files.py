@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..data.plausibility import xray_likeness
-from ..image_processing_mmclip import load_grayscale
+from ..image_processing_mmclip import load_grayscale, load_unrounded
 from ..modeling_mmclip import evaluating
 from .reading import Film
 
@@ -79,8 +79,11 @@ def read_films(
     """
 
     def read(path: str):
-        pixel_values = processor.image_processor([path], return_tensors="pt")["pixel_values"]
-        return pixel_values, xray_likeness(path), load_grayscale(path) if with_pictures else None
+        gray = load_unrounded(path)  # once, as decoding takes longest
+        # levels in [0, 1] would be taken for shares of white
+        source = path if gray.mode == "F" and gray.getextrema()[1] <= 1 else gray
+        pixel_values = processor.image_processor([source], return_tensors="pt")["pixel_values"]
+        return pixel_values, xray_likeness(path, gray), load_grayscale(gray) if with_pictures else None
 
     with ThreadPoolExecutor(max(num_threads, 1)) as pool:
         waiting: list[tuple[str, Future]] = []

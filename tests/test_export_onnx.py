@@ -78,6 +78,19 @@ def test_any_number_of_images_and_texts_of_any_length_give_what_torch_gives(expo
         np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 
 
+def test_the_embeddings_of_patches_make_the_heat_map_of_a_sentence(exported):
+    checkpoint, folder = exported
+    model, processor = load_checkpoint(checkpoint, "cpu")
+    inputs = processor(images=make_phantom(0, 0, size=32).image, text="There is a pleural effusion.")
+    with torch.no_grad():
+        expected = model.get_text_to_patch_attention(**inputs)[0]
+    encoders = OnnxEncoders(folder, model.config)
+    text = encoders.get_text_features(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).pooler_output
+    patches = encoders.encode_image(inputs["pixel_values"])[1]
+    found = (encoders.similarity_scale() * patches[0] @ text[0]).softmax(dim=-1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 def test_the_files_say_how_to_make_their_inputs_and_what_scale_the_logits_have(exported):
     checkpoint, folder = exported
     model, processor = load_checkpoint(checkpoint, "cpu")

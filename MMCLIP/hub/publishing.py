@@ -122,7 +122,7 @@ def make_plan(
             raise
         plan.problem = str(error)
     if plan.private == public:
-        how = "change that in its settings" if public else "pass --public to publish there"
+        how = "change that in its settings" if public else "pass --public (in training `hub_private_repo: false`)"
         raise ValueError(f"{repo_id} is {'private' if plan.private else 'public'}: {how}, or choose another name.")
     for name, content in contents.items():
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
@@ -170,8 +170,8 @@ def _check_is_ours(api: HfApi, plan: Plan, there: Mapping) -> None:
     if model_type != "mmclip":
         holds = f"a model of the type {model_type!r}" if model_type else ", ".join(sorted(others)[:5])
         raise ValueError(
-            f"{plan.repo_id} holds something else already: {holds}. Choose another name, or pass --overwrite to put "
-            "the model there; files of other names stay."
+            f"{plan.repo_id} holds something else already: {holds}. Choose another name, or let "
+            "examples/push_to_hub.py put the model there with --overwrite; files of other names stay."
         )
 
 

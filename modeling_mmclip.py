@@ -1087,7 +1087,8 @@ class MMCLIPForPreTraining(MMCLIPModel):
             # prompts are short: a pass of their own costs less than padding them to the length of a report; it is the
             # first, as then its gradients, which are as large as the tower, come when the others have left
             prompt_embeds = self.embed_prompts(prompt_input_ids, prompt_attention_mask)
-        rows = self.encode_rows(pixel_values, input_ids, attention_mask, input_ids_masked)
+        num_parts = max(min(4, *sizes), 1)  # the same in every process, as FSDP needs
+        rows = self.encode_rows(pixel_values, input_ids, attention_mask, input_ids_masked, num_parts)
         rebuilt = self.rebuild(
             rows,
             pixel_values,
@@ -1097,7 +1098,7 @@ class MMCLIPForPreTraining(MMCLIPModel):
             entity_mask,
             mim_noise,
             bool_masked_pos,
-            num_parts=min(4, *sizes, len(pixel_values)),  # the same in every process, as FSDP needs
+            num_parts=num_parts,
         )
         finding_logits = {} if prompt_embeds is None else self.finding_logits(rows, prompt_embeds)
         losses = self.batch_losses(
@@ -1122,8 +1123,13 @@ class MMCLIPForPreTraining(MMCLIPModel):
     def _saves_memory(self) -> bool:
         return any(getattr(module, "gradient_checkpointing", False) for module in self.text_model.modules())
 
-    def encode_rows(self, pixel_values, input_ids, attention_mask, input_ids_masked=None) -> EncodedRows:
-        """Both towers on the rows of a batch, whole and masked texts in one pass unless memory is to be saved."""
+    def encode_rows(
+        self, pixel_values, input_ids, attention_mask, input_ids_masked=None, num_parts: int = 1
+    ) -> EncodedRows:
+        """Both towers on the rows of a batch, whole and masked texts in one pass unless memory is to be saved.
+
+        With gradient checkpointing the masked texts go through in `num_parts` parts.
+        """
         masks_words = self.config.mlm_weight > 0 and input_ids_masked is not None
         pooled_image, patch_tokens, _ = self.encode_image(pixel_values)  # (B, H), (B, N, H)
         masked_text_tokens = None
@@ -1135,8 +1141,9 @@ class MMCLIPForPreTraining(MMCLIPModel):
         else:
             pooled_text, text_tokens, _ = self.encode_text(input_ids, attention_mask)
             if masks_words:
-                # the layer that is checkpointed at a time is the peak: two passes of half the size halve it
-                masked_text_tokens = self.encode_text(input_ids_masked, attention_mask)[1]
+                masked_text_tokens = self._in_parts(
+                    num_parts, lambda *texts: self.encode_text(*texts)[1], input_ids_masked, attention_mask
+                )
         return EncodedRows(
             image_embeds=self.project_image(pooled_image),
             text_embeds=self.project_text(pooled_text),
@@ -1197,9 +1204,9 @@ class MMCLIPForPreTraining(MMCLIPModel):
                 rebuilt.losses["mlm"] = masked_token_loss(rebuilt.mlm_logits, mlm_labels[is_masked], num_hidden_words)
         return rebuilt
 
-    def _in_parts(self, num_parts: int, head: nn.Module, *rows: Tensor | None, **others) -> Tensor:
+    def _in_parts(self, num_parts: int, head, *rows: Tensor | None, **others) -> Tensor:
         """`head` of all rows; with gradient checkpointing of some at a time, made again for their gradient."""
-        if not (self.training and self._saves_memory):
+        if num_parts == 1 or not (self.training and self._saves_memory):
             return head(*rows, **others)
         parts = ((None,) * num_parts if values is None else values.tensor_split(num_parts) for values in rows)
         return torch.cat([checkpoint(head, *part, use_reentrant=False, **others) for part in zip(*parts, strict=True)])

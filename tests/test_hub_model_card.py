@@ -15,6 +15,7 @@ from MMCLIP.data.readers import SOURCES
 from MMCLIP.hub import model_card
 from MMCLIP.hub.model_card import About, build_card, card_gaps, data_terms, read_about, restricted_sources
 from MMCLIP.hub.paths import is_hub_id, local_paths, public_name, without_folders
+from MMCLIP.hub.preparing import validation_of_run
 from MMCLIP.hub.results import read_results
 from MMCLIP.hub.training_record import Run, count_rows, read_run, training_record, validation_of, write_record
 from MMCLIP.training.arguments import DataArguments, MMCLIPTrainingArguments, ModelArguments
@@ -160,19 +161,15 @@ def test_a_source_whose_terms_nobody_knows_is_named(evaluations):
 
 
 def test_a_validation_score_is_no_result_on_new_images_but_one_to_push_in_training():
-    validation = validation_of({"log_history": [{"eval_macro_auroc": 0.7, "step": 3}]}, keeps_best=False)
-    card = make_card([model_card_validation(validation)])
+    state = {"log_history": [{"eval_macro_auroc": 0.7, "step": 3}], "best_metric": 0.7}
+    card = make_card([validation_of_run(Run(RECORD, validation=validation_of(state, keeps_best=True)))])
     assert "chose the checkpoint" in card.text and card_gaps(card, results="validation") == []
+    last = make_card([validation_of_run(Run(RECORD, validation=validation_of(state, keeps_best=False)))])
+    assert "Macro AUROC 0.700 at step 3." in last.text and "chose the checkpoint" not in last.text
     (gap,) = card_gaps(card)
     assert gap.startswith("results")
     none = make_card([])
     assert card_gaps(none, results="none") == [] and card_gaps(none, results="validation")
-
-
-def model_card_validation(validation):
-    from MMCLIP.hub.preparing import validation_of_run
-
-    return validation_of_run(Run(RECORD, validation=validation))
 
 
 def test_a_folder_of_this_machine_in_a_card_is_a_gap(evaluations):

@@ -260,7 +260,7 @@ def _results(evaluations: Sequence[Evaluation]) -> list[str]:
         lines += ["", f"### {evaluation.title[0].upper()}{evaluation.title[1:]}", ""]
         if evaluation.split not in (VALIDATION, "all rows"):
             lines += [f"Split: {evaluation.split}.", ""]
-        lines += evaluation.lines
+        lines += evaluation.lines if evaluation.lines[:1] != [""] else evaluation.lines[1:]
         if evaluation.command:
             lines += ["", "```bash", evaluation.command, "```"]
     if lines:

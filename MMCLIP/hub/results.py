@@ -110,13 +110,17 @@ def read_results(path: str | os.PathLike, model_dir: str | os.PathLike, fingerpr
 
 
 def validation_result(validation: Mapping, dataset: str) -> Evaluation:
-    """What a run knows by itself: the score that chose its checkpoint, which is no score on new images."""
+    """What a run knows by itself: its score on validation rows, which may have chosen the checkpoint."""
     found = Evaluation("rows that the run validated on", dataset, VALIDATION, "")
-    found.add(ZERO_SHOT, "roc_auc", "macro AUROC on validation rows, which chose the checkpoint", validation["value"])
-    found.lines.append(
-        f"Macro AUROC {validation['value']:.3f} at step {validation['step']}. This number chose the checkpoint, so "
-        "expect less on new images."
+    name, told = (
+        "macro AUROC on validation rows",
+        f"Macro AUROC {validation['value']:.3f} at step {validation['step']}.",
     )
+    if validation["chose"]:
+        name += ", which chose the checkpoint"
+        told += " This number chose the checkpoint, so expect less on new images."
+    found.add(ZERO_SHOT, "roc_auc", name, validation["value"])
+    found.lines.append(told)
     return found
 
 

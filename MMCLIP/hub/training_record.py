@@ -13,6 +13,7 @@ import datasets
 import torch
 import transformers
 
+from .. import __version__
 from .paths import public_name
 
 
@@ -83,7 +84,7 @@ def training_record(
         "keeps_best": bool(training.load_best_model_at_end),
         "processes": training.world_size,
         "machine": machine,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {"mmclip": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 
@@ -99,7 +100,8 @@ def write_record(output_dir: str | os.PathLike, record: dict) -> Path:
 class Run:
     """What is known of the run behind a checkpoint: its record, its seconds and steps, its validation.
 
-    `validation` is `{"metric", "value", "step"}` of that checkpoint, None without one.
+    `validation` is `{"metric", "value", "step", "chose"}` of that checkpoint, None without one; `chose` is True where
+    the checkpoint was kept for this number.
     """
 
     record: dict = field(default_factory=dict)
@@ -117,13 +119,14 @@ def validation_of(state: dict, keeps_best: bool) -> dict | None:
     chosen = entries[-1]
     if keeps_best:
         chosen = next((entry for entry in entries if entry[key] == state.get("best_metric")), chosen)
-    return {"metric": "macro_auroc", "value": chosen[key], "step": chosen["step"]}
+    return {"metric": "macro_auroc", "value": chosen[key], "step": chosen["step"], "chose": keeps_best}
 
 
 def find_run(model_dir: str | os.PathLike) -> Path:
     """The folder of the run that made a checkpoint: its own, or the one above, where the record or the results lie."""
     folder = Path(model_dir).resolve()
-    places = [place / name for name in (FILE_NAME, "train_results.json") for place in (folder, folder.parent)]
+    names = (FILE_NAME, "train_results.json", "metrics.json")
+    places = [place / name for name in names for place in (folder, folder.parent)]
     return next((path.parent for path in places if path.is_file()), folder)
 
 

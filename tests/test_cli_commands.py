@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import io
 import json
 import os
 import re
@@ -15,13 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import save_tiny
 from dicom_files import file_bytes, make_dicom
+from fake_hub import FakeHub, connect
+from huggingface_hub import HfApi
 from PIL import Image
 
 from MMCLIP.cli import main
 from MMCLIP.data.phantom import make_phantom
 from MMCLIP.evaluation.embeddings import model_fingerprint
+from MMCLIP.evaluation.probabilities import Calibration, FindingCalibration, hash_prompts
 from MMCLIP.evaluation.zero_shot import zero_shot_scores
 from MMCLIP.inference.loading import load_model
+from MMCLIP.text.prompt_sets import prompt_set
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,6 +144,68 @@ def test_zero_shot_with_a_prompt_set_without_denials_has_no_score_of_absence(ins
     (with_denial,) = json.loads((tmp_path / "s.json").read_text())["rows"]
     (without,) = json.loads((tmp_path / "g.json").read_text())["rows"]
     assert with_denial["absent"] is not None and without["absent"] is None
+
+
+def test_zero_shot_with_a_calibration_gives_the_probability_of_the_finding_that_has_one(inside, tmp_path, capsys):
+    model, processor = load_model("model", device="cpu")
+    prompts = prompt_set("mmclip")
+    fitted = FindingCalibration(slope=2.0, intercept=-1.0, num_present=30, num_absent=30)
+    calibration = Calibration(
+        model=model_fingerprint(model, processor, with_code=False),
+        prompts="mmclip",
+        prompts_hash=hash_prompts(prompts, ["edema"]),
+        data="made up",
+        findings={"edema": fitted},
+        left_out={},
+    )
+    path = calibration.save(tmp_path)
+    command = f"zero-shot films/a.png --calibration {path} --output {tmp_path / 's.json'}"
+    assert mmclip(command, "--findings", "edema", "pneumothorax") == 0
+    result = json.loads((tmp_path / "s.json").read_text())
+    edema, pneumothorax = result["rows"]
+    margin = np.log(edema["present"] / edema["absent"])
+    assert edema["probability"] == pytest.approx(1 / (1 + np.exp(1 - 2 * margin)), abs=1e-6)
+    assert pneumothorax["probability"] is None
+    findings = result["about"]["findings"]
+    assert findings["edema"]["is_calibrated"] and not findings["pneumothorax"]["is_calibrated"]
+    assert mmclip(f"{command} --overwrite") == 0  # the findings are those of the calibration
+    assert [row["finding"] for row in json.loads((tmp_path / "s.json").read_text())["rows"]] == ["edema"]
+    assert mmclip(f"{command} --overwrite --prompts sentence") == 2
+    assert "have other words" in capsys.readouterr().err
+
+
+def test_a_model_of_the_hub_is_taken_at_its_revision(inside, tmp_path, monkeypatch, capsys):
+    with FakeHub() as hub:
+        connect(hub, monkeypatch, tmp_path / "home")
+        api = HfApi(endpoint=hub.url)
+        api.create_repo("tester/model")
+        api.upload_folder(repo_id="tester/model", folder_path="model")
+        api.create_tag("tester/model", tag="v1")
+        api.upload_file(repo_id="tester/model", path_in_repo="config.json", path_or_fileobj=b"{}")  # main is spoilt
+        hub.log.clear()
+        command = ["encode", "films/a.png", "--model", "tester/model", "--output"]
+        assert main([*command, str(tmp_path / "tagged.json"), "--revision", "v1"]) == 0
+        assert main([*command, str(tmp_path / "main.json")]) == 2
+        assert "tester/model holds a model of the type None" in capsys.readouterr().err
+        assert main([*command, str(tmp_path / "main.json"), "--revision", "v2"]) == 2
+        assert "tester/model cannot be loaded: v2 is not a valid" in capsys.readouterr().err
+    assert mmclip(f"encode films/a.png --output {tmp_path / 'local.json'}") == 0
+    tagged, local = (json.loads((tmp_path / name).read_text()) for name in ("tagged.json", "local.json"))
+    assert tagged["about"]["model"]["revision"] == "v1" and tagged["rows"] == local["rows"]
+    assert any("model.safetensors" in line for line in hub.log)
+    assert not any(".py" in line for line in hub.log)  # no code of the repository was fetched, so none was run
+
+
+def test_progress_is_shown_on_a_terminal_and_not_in_a_log(inside, tmp_path, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    assert mmclip(f"encode films --output {tmp_path / 'a.csv'}") == 0
+    assert "image/s" not in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert mmclip(f"encode films --output {tmp_path / 'b.csv'}") == 0
+    assert "5/5" in sys.stderr.getvalue() and "encode: 100%" in sys.stderr.getvalue()
 
 
 def test_heatmap_writes_a_picture_of_the_size_of_the_film_for_each_finding(inside, tmp_path):

@@ -9,8 +9,9 @@ import torch
 from fake_hub import READ_TOKEN, FakeHub, connect
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from safetensors.torch import load, load_file
-from test_training_trainer import CONFIG, load_script
+from test_training_trainer import CONFIG, load_script, make_trainer
 
+from MMCLIP.data.phantom import phantom_dataset
 from MMCLIP.training.arguments import parse_run_config
 from MMCLIP.training.classification_arguments import parse_classification_config
 from MMCLIP.training.pushing import PushingTrainer
@@ -128,6 +129,23 @@ def test_a_push_that_fails_beside_the_training_does_not_end_it(run, hub, monkeyp
     folder = run()
     assert hub.repos[REPO].messages == ["End of training"] and (folder / "checkpoint" / "config.json").is_file()
     assert "the push failed, and training goes on. no route" in caplog.text
+
+
+def test_a_trainer_of_one_s_own_pushes_beside_what_follows_and_writes_its_card(hub, tmp_path):
+    (tmp_path / "about.yaml").write_text("license: mit\ndata: {phantom: {}}\n")
+    trainer = make_trainer(tmp_path / "run", hub_model_id=REPO, hub_card=str(tmp_path / "about.yaml"))
+    trainer.eval_dataset = phantom_dataset(20, size=32, split="val")
+    with pytest.raises(ValueError, match="- results: "):
+        trainer.push_to_hub()
+    assert not hub.repos[REPO].messages
+    score = trainer.evaluate()["eval_macro_auroc"]
+    published = trainer.push_to_hub("By hand", blocking=False, revision="dev").result(timeout=60)
+    files = hub.repos[REPO].commits[published.commit]
+    assert hub.repos[REPO].messages == ["By hand"] and hub.repos[REPO].branches["dev"] == published.commit
+    assert ModelCard(files["README.md"].decode()).data.eval_results[0].metric_value == pytest.approx(score, abs=1e-4)
+    trainer.create_model_card()
+    written = (tmp_path / "run" / "README.md").read_text()
+    assert "made-up radiographs" in written and "| `train_batch_size`" not in written and "## Intended use" in written
 
 
 def test_fine_tuning_says_that_it_pushes_nothing():

@@ -6,12 +6,11 @@ import os
 import re
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import get_relative_imports
 
 from .. import MMCLIPForImageClassification, MMCLIPForPreTraining, MMCLIPModel
+from ..evaluation.checkpoints import load_checkpoint
 from ..evaluation.embeddings import model_fingerprint
 from .paths import local_paths, public_name, without_folders
 
@@ -179,5 +178,4 @@ def _names(path: Path) -> list[str]:
 
 def saved_fingerprint(model_dir: str | os.PathLike) -> str:
     """`model_fingerprint` without code of the model as evaluations load it."""
-    model = AutoModel.from_pretrained(model_dir, trust_remote_code=True, dtype=torch.float32).eval()
-    return model_fingerprint(model, AutoProcessor.from_pretrained(model_dir, trust_remote_code=True), with_code=False)
+    return model_fingerprint(*load_checkpoint(model_dir, "cpu"), with_code=False)

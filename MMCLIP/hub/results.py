@@ -5,6 +5,7 @@ Results count for one model only: they are refused where the hash of the weights
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,8 @@ PER_CLASS = {"auroc": ("roc_auc", "AUROC")}
 class Evaluation:
     """One data set on which the model was measured.
 
-    `measured` goes to `model-index`; `lines` are Markdown for the card. `dataset` is a short id, `title` its name.
+    `measured` goes to `model-index`; `lines` are Markdown for the card. `dataset` is an id of letters, digits, dots and
+    hyphens, `title` its name.
     """
 
     title: str
@@ -47,6 +49,9 @@ class Evaluation:
     command: str
     measured: list[EvalResult] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.dataset = re.sub(r"[^\w.-]+", "-", self.dataset)
 
     def add(self, task: tuple[str, str], metric: str, name: str, value, interval=None, draws: int | None = None):
         """A number, to four digits; `interval` holds 95 % of `draws` of patients. A value of None was not measured."""

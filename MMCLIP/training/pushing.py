@@ -45,7 +45,7 @@ class PushingTrainer(Trainer):
         repo_id = name if "/" in name else f"{user}/{name}"
         private = self.args.hub_private_repo if private is None else private
         self._is_public = private is False
-        if self.eval_dataset is None or self.args.eval_strategy == "no":
+        if self.args.push_to_hub and (self.eval_dataset is None or self.args.eval_strategy == "no"):
             raise ValueError(
                 "`push_to_hub` needs results for the model card: give validation rows and `eval_strategy`, or publish "
                 "afterwards with examples/push_to_hub.py."
@@ -75,6 +75,8 @@ class PushingTrainer(Trainer):
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         folder = Path(self.args.output_dir) / "hub" / "end"
+        if self.is_world_process_zero():
+            shutil.rmtree(folder, ignore_errors=True)  # of a push that failed
         self.save_model(str(folder), _internal_call=True)
         if not self.is_world_process_zero():
             return None

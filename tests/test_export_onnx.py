@@ -24,7 +24,8 @@ from MMCLIP.evaluation.checkpoints import load_checkpoint
 from MMCLIP.evaluation.zero_shot import evaluate_zero_shot
 from MMCLIP.export import onnx_encoders
 from MMCLIP.export.int8 import OnnxEncoders, measure_int8, needs_calibration, quantize_encoders
-from MMCLIP.export.onnx_encoders import FILES, INT8_FILES, export_encoders, open_session, widen_aliased_layers
+from MMCLIP.export.onnx_encoders import FILES, INT8_FILES, export_encoders, open_session
+from MMCLIP.export.onnx_graphs import drop_zero_masks, widen_aliased_layers
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -372,3 +373,38 @@ def test_a_layer_as_wide_as_pages_of_memory_gets_wider_and_says_the_same(activat
 def test_layers_of_other_widths_or_uses_stay_as_they_are(model):
     before = model.SerializeToString()
     assert widen_aliased_layers(model) == 0 and model.SerializeToString() == before
+
+
+# ----------------------------------------------------------------------------------------------------------- zero masks
+
+
+def masked_scores(allowed: list[bool]):
+    """x (n, 3) plus a mask, 0 where `allowed` and -9 elsewhere -> y (n, 3), in ONNX."""
+    arrays = {"allowed": np.array([allowed]), "zero": np.float32(0), "low": np.float32(-9), "rows": np.array([1, 3])}
+    nodes = [
+        helper.make_node("Expand", ["allowed", "rows"], ["a"]),
+        helper.make_node("Where", ["a", "zero", "low"], ["mask"]),
+        helper.make_node("Add", ["x", "mask"], ["sum"]),
+        helper.make_node("Relu", ["sum"], ["y"]),
+    ]
+    weights = [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3]) for name in "xy"]
+    graph = helper.make_graph(nodes, "masked", ends[:1], ends[1:], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.mark.parametrize("allowed, left", [([True] * 3, ["Relu"]), ([True, False, True], None)])
+def test_a_mask_goes_only_where_it_adds_nothing(allowed, left):
+    model = masked_scores(allowed)
+    x = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
+    before = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
+    assert drop_zero_masks(model) == (left is not None)
+    assert [node.op_type for node in model.graph.node] == (left or ["Expand", "Where", "Add", "Relu"])
+    found = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
+    np.testing.assert_array_equal(found, before)
+    np.testing.assert_array_equal(found, x * np.array(allowed))
+
+
+def test_an_image_encoder_adds_no_mask_and_a_text_encoder_does(exported):
+    kinds = {part: {node.op_type for node in onnx.load(exported[1] / name).graph.node} for part, name in FILES.items()}
+    assert "Where" not in kinds["image"] and "Where" in kinds["text"]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..configuration_mmclip import max_text_length
 from ..data.phantom import make_phantom
+from .onnx_graphs import drop_zero_masks, widen_aliased_layers
 
 
 OPSET = 20  # the first with Gelu; onnxruntime reads it since 1.17
@@ -229,58 +230,11 @@ def write_encoder(model, part: str, metadata: dict, path: Path) -> None:
             f"{reason} Nothing was written."
         ) from error
     proto = program.model_proto
+    drop_zero_masks(proto)
     widen_aliased_layers(proto)
     for name, value in {"mmclip_part": part, **metadata}.items():
         proto.metadata_props.add(key=name, value=str(value))
     path.write_bytes(proto.SerializeToString())
-
-
-def widen_aliased_layers(proto) -> int:
-    """Give hidden layers whose width is a multiple of 1,024 sixteen more neurons that add nothing; returns how many.
-
-    A row of so many floats is a multiple of 4 KiB, so that all rows of a block lie in the same lines of the first cache
-    and push each other out: in a ViT-B, with 3,072 neurons, that costs a tenth of the second product (RESULTS.md).
-    The new neurons have weights of 0 on both sides, so values stay as they are.
-    """
-    from onnx import numpy_helper
-
-    graph = proto.graph
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    made_by = {output: node for node in graph.node for output in node.output}
-    num_uses = {}
-    for name in itertools.chain.from_iterable(node.input for node in graph.node):
-        num_uses[name] = num_uses.get(name, 0) + 1
-
-    def pad(name: str, axis: int) -> None:
-        array = numpy_helper.to_array(weights[name])
-        widths = [(0, 16 if number == axis % array.ndim else 0) for number in range(array.ndim)]
-        weights[name].CopyFrom(numpy_helper.from_array(np.pad(array, widths), name))
-
-    def is_weight_product(node) -> bool:
-        return node is not None and node.op_type == "MatMul" and node.input[1] in weights
-
-    num_widened = 0
-    for node in graph.node:
-        if not is_weight_product(node) or weights[node.input[1]].dims[0] % 1024:
-            continue
-        biases, current = [], node.input[0]
-        while (maker := made_by.get(current)) is not None and maker.op_type in ("Add", "Gelu", "Relu"):
-            constants = [name for name in maker.input if name in weights]
-            biases += constants
-            (current,) = [name for name in maker.input if name not in weights] or [""]
-        first, second = made_by.get(current), node.input[1]
-        if not is_weight_product(first):
-            continue
-        touched = [first.input[1], *biases, second]
-        vectors = all(list(weights[name].dims) == [weights[second].dims[0]] for name in biases)
-        if vectors and all(num_uses[name] == 1 for name in touched):
-            for name in (first.input[1], *biases):
-                pad(name, -1)
-            pad(second, 0)
-            num_widened += 1
-    if num_widened:
-        del graph.value_info[:]  # the shapes in between, which runtimes infer anew
-    return num_widened
 
 
 def _save_tokenizer(tokenizer, max_tokens: int, path: Path) -> None:

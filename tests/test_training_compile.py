@@ -95,7 +95,7 @@ def test_a_compiled_run_takes_gradient_checkpointing_and_bfloat16(tmp_path):
     plain.train()
     compiled = make_trainer(tmp_path, **options, **BACKEND)
     compiled.train()
-    assert num_graphs() == 4
+    assert num_graphs() == 5  # the text tower once more for masked texts, which go through it row by row here
     assert losses(compiled) == pytest.approx(losses(plain), rel=0.01)
 
 

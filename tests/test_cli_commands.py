@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import save_tiny
 from dicom_files import file_bytes, make_dicom
 from fake_hub import FakeHub, connect
@@ -84,7 +85,8 @@ def test_encode_puts_a_mixed_folder_into_one_parquet_file_with_the_embeddings_of
     assert min(table.column("xray_likeness").to_pylist()) > 0.5
     about = json.loads(pq.read_metadata(output).metadata[b"mmclip"])
     assert about["failed"] == [] and "Not for diagnosis" in about["notice"]
-    assert "5 of 5 images done; written:" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "5 of 5 images done; written:" in told and "Research software. Not for diagnosis" in told
     content = output.read_bytes()
     assert b"Doe" not in content and b"4711" not in content  # no name of a patient gets out of a header
 
@@ -333,6 +335,16 @@ def test_overwrite_replaces_the_table(inside, tmp_path):
     (tmp_path / "e.csv").write_text("old")
     assert mmclip(f"encode films/a.png --overwrite --output {tmp_path / 'e.csv'}") == 0
     assert len(read_csv(tmp_path / "e.csv")) == 1
+
+
+def test_a_full_gpu_ends_with_2_and_advice(inside, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("MMCLIP.modeling_mmclip.MMCLIPModel.encode_image", full)
+    assert mmclip(f"encode films --output {tmp_path / 'e.csv'}") == 2
+    assert "try a --batch_size below 16, or --device cpu (CUDA out of memory)" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_table_is_not_there_when_the_command_is_stopped(inside, tmp_path, monkeypatch, capsys):

@@ -91,6 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Runs `mmclip` with `arguments` (those of the process by default) and returns its exit code."""
     args = build_parser().parse_args(arguments)
+    import torch
+
     from . import commands  # the parser answers --help without it
 
     try:
@@ -100,6 +102,10 @@ def main(arguments: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         print(f"mmclip {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        advice = f"try a --batch_size below {args.batch_size}, or --device cpu"
+        print(f"mmclip {args.command}: error: the memory of the GPU is full; {advice} ({error})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"mmclip {args.command}: stopped; no table was written", file=sys.stderr)

@@ -88,7 +88,7 @@ class _Run:
         if not self.args.quiet:
             where = f"; written: {output}" if output is not None and self.num_done else ""
             failed = f", {len(self.failed)} bad" if self.failed else ""
-            print(f"{self.num_done} of {len(self.paths)} images done{failed}{where}", file=sys.stderr)
+            print(f"{self.num_done} of {len(self.paths)} images done{failed}{where}", NOTICE, sep="\n", file=sys.stderr)
         return 1 if self.failed else 0
 
 

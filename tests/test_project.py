@@ -79,6 +79,7 @@ def test_a_wheel_holds_all_that_the_package_reads_and_works_away_from_the_checko
     assert {f"MMCLIP/{path.name}" for path in ROOT_MODULES} <= names
     assert {"MMCLIP/tokenizer.json", "MMCLIP/tokenizer_config.json"} <= names
     assert {"MMCLIP/text/vocabulary.yaml", "MMCLIP/text/words.txt", "MMCLIP/demo/style.css"} <= names
+    assert "MMCLIP/hub/data_terms.yaml" in names
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "MMCLIP").rglob("*.py")}
     assert code <= names
     tops = {name.split("/")[0] for name in names}

@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from MMCLIP import MMCLIPModel, MMCLIPProcessor
 from MMCLIP.hub import publishing
 from MMCLIP.hub.files import check_weights, collect_files, saved_fingerprint
+from MMCLIP.hub.model_card import About
+from MMCLIP.hub.preparing import prepare
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,8 +53,8 @@ print("RESULT" + json.dumps([logits.tolist(), shares, type(model).__module__.spl
 """
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("push_to_hub", ROOT / "examples" / "push_to_hub.py")
+def load_script(name: str = "push_to_hub"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     return script
@@ -139,6 +141,29 @@ def test_one_command_publishes_and_a_clean_process_loads_it_by_its_tag(run, hub,
     torch.testing.assert_close(torch.tensor(logits), expected)
     torch.testing.assert_close(torch.tensor([shares[text] for text in texts]), expected.softmax(dim=-1)[0])
     assert module == "transformers_modules"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "metric", "table"),
+    [
+        ("run_zero_shot", ["--phantoms", "30"], "macro AUROC (95 % interval", "| edema |"),
+        ("run_retrieval", ["--phantoms", "30"], "image to text recall at 5 of 30 (95 % interval", "| chance |"),
+        pytest.param(
+            "run_evaluation", ["--protocol", "phantom=30", "--evaluations", "zero_shot", "grounding"],
+            "heat-map AUROC (95 % interval", "caution: Phantoms are drawn by rules", marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_the_results_of_each_evaluation_script_make_a_card(made, tmp_path, monkeypatch, name, words, metric, table):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    checkpoint = made / "checkpoint"
+    words = ["--model", str(checkpoint), *words, "--num_bootstrap", "20", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [f"examples/{name}.py", *words])
+    load_script(name).main()
+    card = prepare(checkpoint, REPO, About(license="mit"), results=[tmp_path]).card
+    assert [result for result in card.data.eval_results if result.metric_name.startswith(metric)]
+    assert {(result.dataset_type, result.dataset_split) for result in card.data.eval_results} == {("phantom", "test")}
+    assert table in card.text and f"python examples/{name}.py --model checkpoint --" in card.text
 
 
 def test_nothing_of_this_machine_and_of_patients_is_in_what_was_published(run, hub):

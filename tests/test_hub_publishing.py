@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from conftest import save_tiny
 from fake_hub import READ_TOKEN, STRANGER_TOKEN, FakeHub, connect
 from huggingface_hub import CommitOperationAdd, HfApi, constants
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from MMCLIP import MMCLIPModel, MMCLIPProcessor
@@ -164,6 +166,16 @@ def test_the_results_of_each_evaluation_script_make_a_card(made, tmp_path, monke
     assert [result for result in card.data.eval_results if result.metric_name.startswith(metric)]
     assert {(result.dataset_type, result.dataset_split) for result in card.data.eval_results} == {("phantom", "test")}
     assert table in card.text and f"python examples/{name}.py --model checkpoint --" in card.text
+
+
+def test_the_python_in_the_card_runs(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (40, 50), 90).save("xray.png")
+    text = prepare(made / "checkpoint", REPO, About(license="mit")).card.text
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    exec(code.replace(REPO, str(made / "checkpoint")), {})
+    shares = re.findall(r"0\.\d+", capsys.readouterr().out.splitlines()[-1])
+    assert len(shares) == 2 and sum(map(float, shares)) == pytest.approx(1, abs=1e-3)
 
 
 def test_nothing_of_this_machine_and_of_patients_is_in_what_was_published(run, hub):

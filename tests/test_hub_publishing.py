@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny
+from conftest import save_tiny, tiny_config
 from fake_hub import READ_TOKEN, STRANGER_TOKEN, FakeHub, connect
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
-from MMCLIP import MMCLIPModel, MMCLIPProcessor
+from MMCLIP import MMCLIPForImageClassification, MMCLIPModel, MMCLIPProcessor
 from MMCLIP.hub import publishing
 from MMCLIP.hub.files import check_weights, collect_files, saved_fingerprint
 from MMCLIP.hub.model_card import About
@@ -247,6 +247,16 @@ def test_a_card_of_one_s_own_goes_as_it_is(run, hub, capsys):
     own.write_text(capsys.readouterr().out.split("README.md:\n\n")[1].replace("# model", "# My own words"))
     publish(run, "--card", str(own), license=None)
     assert "# My own words" in hub.repos[REPO].files["README.md"].decode()
+
+
+def test_a_fine_tuned_classifier_goes_with_a_card_of_one_s_own_only(run, hub, capsys):
+    publish(run, "--dry_run")
+    (run / "own.md").write_text(capsys.readouterr().out.split("README.md:\n\n")[1])
+    MMCLIPForImageClassification(tiny_config(num_labels=2)).save_pretrained(run / "checkpoint")
+    with pytest.raises(ValueError, match="is a fine-tuned classifier, of which no card is made"):
+        publish(run)
+    publish(run, "--card", str(run / "own.md"), license=None)
+    assert "classifier.weight" in load(hub.repos[REPO].files["model.safetensors"])
 
 
 def test_a_licence_that_the_hub_does_not_know_is_refused_with_its_words(run, hub):

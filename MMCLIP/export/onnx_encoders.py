@@ -29,6 +29,7 @@ OPSET = 20  # the first with Gelu; onnxruntime reads it since 1.17
 TOLERANCE = 1e-4  # between torch and ONNX, of values of a vector of length 1
 NUM_CHECKS = 50  # images, and texts
 CHECK_BATCHES = (1, 2, 3, 5, 8, 13, 18)  # together NUM_CHECKS
+LONGEST = 4096  # tokens of a text, where neither tokenizer nor tower has a limit
 MAX_BYTES = 2**31 - 2**20  # protobuf holds no more in one file
 FILES = {"image": "image_encoder.onnx", "text": "text_encoder.onnx"}
 INT8_FILES = {"image": "image_encoder_int8.onnx", "text": "text_encoder_int8.onnx"}  # made of them by int8.py
@@ -124,7 +125,6 @@ def encoder_metadata(model, processor) -> dict[str, str | int | float]:
             "The image processor has `do_resize`, `do_rescale` or `do_normalize` switched off, which the metadata of "
             "the ONNX files cannot say. Switch them on, as in the processor that was saved with the model."
         )
-    limits = (tokenizer.model_max_length, max_text_length(model.config.text_config))
     return {
         "mmclip_format": 1,
         "vision_tower": model.config.vision_config.model_type,
@@ -138,7 +138,7 @@ def encoder_metadata(model, processor) -> dict[str, str | int | float]:
         "rescale_factor": float(image_processor.rescale_factor),
         "image_mean": float(np.ravel(image_processor.image_mean)[0]),
         "image_std": float(np.ravel(image_processor.image_std)[0]),
-        "max_tokens": int(min(limit for limit in limits if limit is not None)),
+        "max_tokens": _max_tokens(tokenizer, model.config.text_config),
     }
 
 
@@ -173,14 +173,17 @@ def check_inputs(processor, part: str, config) -> Iterator[dict[str, Tensor]]:
             yield dict(processor(images=[phantom.image for phantom in phantoms[start:end]]))
         return
     tokenizer = processor.tokenizer
-    limits = (tokenizer.model_max_length, max_text_length(config.text_config), 4096)
-    most = min(limit for limit in limits if limit is not None)
+    most = _max_tokens(tokenizer, config.text_config)
     words = " ".join(phantom.report for phantom in phantoms)
     ids = tokenizer(words, verbose=False)["input_ids"]
     ids *= -(-2 * most // len(ids))
     for start, end in zip([0, *ends], ends, strict=False):
         lengths = [1 + number * (most - 1) // (NUM_CHECKS - 1) for number in range(start, end)]
         yield dict(tokenizer.pad({"input_ids": [ids[length : 2 * length] for length in lengths]}, return_tensors="pt"))
+
+
+def _max_tokens(tokenizer, text_config) -> int:
+    return int(min(tokenizer.model_max_length, max_text_length(text_config) or LONGEST, LONGEST))
 
 
 def open_session(path: str | os.PathLike, num_threads: int = 0):

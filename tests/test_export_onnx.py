@@ -310,6 +310,17 @@ def test_every_kind_of_tower_is_exported(model_type, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["roberta", "distilbert", "mpnet", "electra", "deberta-v2"])
+def test_every_kind_of_text_tower_is_exported(model_type, tmp_path):
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    if model_type == "distilbert":
+        shape = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64}
+    # those of RoBERTa begin behind the padding id, and this model is for 64 tokens
+    fields = {"model_type": model_type, "vocab_size": 6144, "max_position_embeddings": 70, **shape}
+    assert max(export_encoders(*tiny(text_config=fields), tmp_path).values()) < 1e-5
+
+
+@pytest.mark.slow
 def test_a_convolutional_tower_is_quantised_on_calibration_images(tmp_path):
     model, processor = tiny(64, vision_config={"model_type": "resnet", "num_channels": 1, **TOWERS["resnet"]})
     export_encoders(model, processor, tmp_path)

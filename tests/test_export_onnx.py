@@ -286,6 +286,26 @@ def test_options_that_would_do_nothing_are_errors(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_convolutional_tower_takes_its_ranges_from_another_split_of_the_manifest(tmp_path):
+    script, processor = example("export_onnx"), MMCLIPProcessor(MMCLIPImageProcessor(size=32))
+    lines = ["file,labels,patient_id,split"]
+    for number in range(14):
+        Image.new("L", (40, 50), 10 * number).save(tmp_path / f"{number}.png")
+        label, split = ("cardiomegaly", "no finding")[number % 2], "train" if number < 12 else "test"
+        lines.append(f"{number}.png,{label},p{number},{split}")
+    (tmp_path / "manifest.csv").write_text("\n".join(lines) + "\n")
+    options = ["--model", "m", "--output_dir", "o", "--int8", "--manifest", str(tmp_path / "manifest.csv")]
+    args = script.parse_arguments([*options, "--split", "test"])
+    rows, data = script.read_rows(args)
+    assert len(rows) == 2 and data.endswith("manifest.csv, split test, 2 rows")
+    with pytest.raises(ValueError, match="--calibration_split train"):
+        script.calibration_batches(args, processor)
+    args = script.parse_arguments([*options, "--split", "test", "--calibration_split", "train"])
+    batches = list(script.calibration_batches(args, processor))
+    assert [batch.shape for batch in batches] == [(10, 1, 32, 32), (2, 1, 32, 32)]
+    np.testing.assert_array_equal(batches[0][:1], processor(images=tmp_path / "0.png")["pixel_values"])
+
+
 # ----------------------------------------------------------------------------------------------- left as it was, towers
 
 

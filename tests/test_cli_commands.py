@@ -262,6 +262,23 @@ def test_bad_images_are_named_and_the_rest_is_done(inside, tmp_path, capsys):
     assert "1 of 3 images done, 4 bad" in shown
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet"])
+def test_a_file_name_that_is_no_utf_8_is_written_with_its_bytes(inside, tmp_path, suffix):
+    folder = tmp_path / "films"
+    folder.mkdir()
+    for name, content in ((b"M\xfcller.png", (inside / "films" / "a.png").read_bytes()), (b"\xff.png", b"no film")):
+        Path(os.fsdecode(os.fsencode(folder / "x")[:-1] + name)).write_bytes(content)
+    table = tmp_path / f"table{suffix}"
+    assert mmclip(f"encode {folder} --output {table}") == 1
+    assert b"M\\xfcller.png" in table.read_bytes().replace(b"\\\\", b"\\")
+
+
+def test_a_mistake_of_ours_is_shown_with_its_way_and_is_no_bad_image(inside, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("MMCLIP.cli.commands.load_model", lambda *_: {}["lost"])
+    assert mmclip(f"encode films --output {tmp_path / 'x.csv'}") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_when_every_image_is_bad_no_table_is_written(inside, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"broken")
     for name in ("e.csv", "e.parquet"):

@@ -33,6 +33,17 @@ def test_images_are_found_once_in_the_order_that_was_given_and_sorted_in_folders
     assert found == ["z.png", "b/10.jpg", "b/2.PNG", "a/1.2.840.1", "a/x.dcm", "a/readme.md"]
 
 
+def test_linked_folders_are_searched_once_and_pipes_are_not_waited_for(tmp_path):
+    for name in ("films/a.png", "archive/b.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "films" / "archive").symlink_to(tmp_path / "archive")
+    (tmp_path / "archive" / "round").symlink_to(tmp_path / "films")
+    os.mkfifo(tmp_path / "films" / "pipe")
+    found = find_images([tmp_path / "films"], refuse)
+    assert [os.path.relpath(path, tmp_path) for path in found] == ["films/a.png", "films/archive/b.png"]
+
+
 def test_films_have_the_embeddings_of_the_processor_even_where_all_is_nearly_black(loaded, tmp_path):
     model, processor = loaded
     dark = make_dicom(np.arange(64, dtype=np.uint16).reshape(8, 8), WindowCenter=32768, WindowWidth=65536)

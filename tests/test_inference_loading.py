@@ -31,6 +31,16 @@ def test_a_folder_gives_a_model_in_eval_mode_and_its_processor_without_running_i
     assert model.encode(texts="No pneumothorax.")[1].shape == (1, 16)
 
 
+def test_code_for_the_tokenizer_is_refused_and_nobody_is_asked(folder, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks whether to run the code"))
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    path.write_text(json.dumps(config | {"tokenizer_class": "Own"}))
+    (folder / "own.py").write_text("raise RuntimeError('code of the folder was run')")
+    with pytest.raises(ValueError, match="custom code"):
+        load_model(folder, device="cpu")
+
+
 def test_a_pretraining_checkpoint_is_loaded_without_a_word(folder, caplog, monkeypatch):
     monkeypatch.setattr(hf_logging.get_logger("transformers"), "propagate", True)
     pretraining = MMCLIPForPreTraining(tiny_config(vocab_size=6144))

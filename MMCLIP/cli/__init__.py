@@ -14,6 +14,7 @@ for diagnosis.
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from ..inference.tables import FORMATS
@@ -110,3 +111,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"mmclip {args.command}: stopped; no table was written", file=sys.stderr)
         return 130
+    except Exception:  # ours: shown with its way, and never with the code 1 of bad images
+        traceback.print_exc()
+        return 2

@@ -15,7 +15,7 @@ from .. import __version__
 from ..evaluation.embeddings import model_fingerprint
 from ..evaluation.overlays import file_name, overlay
 from ..evaluation.probabilities import load_calibration
-from ..inference.files import find_images, read_films
+from ..inference.files import find_images, read_films, shown_path
 from ..inference.loading import load_model
 from ..inference.reading import Film, FilmReader, Finding, Score, parse_finding, read_report_ids
 from ..inference.tables import TableWriter, check_output, flat_row
@@ -53,6 +53,7 @@ class _Run:
         self.model_hash = model_fingerprint(self.model, self.processor, with_code=False)
 
     def report_problem(self, path: str, reason: str) -> None:
+        path = shown_path(path)
         self.failed.append({"path": path, "error": reason})
         tqdm.write(f"bad: {path}: {reason}", file=sys.stderr)
 

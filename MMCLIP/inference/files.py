@@ -22,7 +22,8 @@ def find_images(sources: Iterable[str | os.PathLike], report_problem: Problem) -
     """The image files of `sources` in order: files as they are, folders searched to the bottom and sorted; each once.
 
     In folders, hidden files and DICOMDIR are passed over, as is what is neither an image by its name nor DICOM by its
-    content. What does not exist, cannot be opened, or is a folder without an image goes to `report_problem`.
+    content; links to other folders are followed, each folder once. What does not exist, cannot be opened, or is a
+    folder without an image goes to `report_problem`.
     """
     found: dict[str, None] = {}
     for source in map(Path, sources):
@@ -42,9 +43,11 @@ def find_images(sources: Iterable[str | os.PathLike], report_problem: Problem) -
 
 
 def _images_below(folder: Path, on_error: Callable[[OSError], None]) -> list[str]:
-    paths = []
-    for place, folders, names in os.walk(folder, onerror=on_error):
+    paths, seen = [], set()
+    for place, folders, names in os.walk(folder, onerror=on_error, followlinks=True):
+        seen.add(os.path.realpath(place))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen]
         for name in sorted(names):
             path = Path(place, name)
             if name.startswith(".") or name == "DICOMDIR":
@@ -56,10 +59,17 @@ def _images_below(folder: Path, on_error: Callable[[OSError], None]) -> list[str
 
 def _begins_as_dicom(path: Path) -> bool:
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return False
         with path.open("rb") as file:
             return file.read(132)[128:] == b"DICM"
     except OSError:
         return False
+
+
+def shown_path(path: str) -> str:
+    r"""`path` as tables can hold it: a byte of its name that is no UTF-8, as old exports have, becomes `\\xff`."""
+    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
 def read_films(
@@ -115,4 +125,4 @@ def _encode(model, batch: list[tuple[str, Future]], report_problem: Problem) -> 
             continue
         picture, one = pictures[number], slice(number, number + 1)
         size = picture.size if picture is not None else (0, 0)
-        yield Film(path, size, picture, embeds[one], patch_tokens[one], likenesses[number])
+        yield Film(shown_path(path), size, picture, embeds[one], patch_tokens[one], likenesses[number])

@@ -31,7 +31,7 @@ def load_model(
         if found != "mmclip":
             raise ValueError(f"model: {name} holds a model of the type {found!r}, expected 'mmclip'.")
         model = load_whole(MMCLIPModel, name, **source)
-        processor = MMCLIPProcessor.from_pretrained(name, **source)
+        processor = MMCLIPProcessor.from_pretrained(name, trust_remote_code=False, **source)  # else it would ask
     except (OSError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"model: {name} cannot be loaded: {_first_lines(error)}") from error
     model.processor = processor  # checks that they fit; `encode` would look for one without the revision

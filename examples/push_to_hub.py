@@ -4,8 +4,9 @@ python examples/push_to_hub.py --model outputs/demo/checkpoint --repo_id OWNER/N
 python examples/push_to_hub.py --model outputs/mine/checkpoint --repo_id OWNER/NAME --about about.yaml --tag v1
 
 The card is made of what run_pretrain.py left beside the checkpoint and of the metrics.json of evaluations. --dry_run
-sends nothing and shows each file, new, changed or unchanged, and the card. A repository is private unless --public.
-A push that was interrupted goes on when called again, and a second push sends only what changed.
+shows each file, new, changed or unchanged, and the card, which alone goes to the Hub, to be checked; nothing is stored.
+A repository is private unless --public. A push that was interrupted goes on when called again, and a second push sends
+only what changed.
 """
 
 import argparse
@@ -33,7 +34,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         help="metrics.json of run_zero_shot.py, run_retrieval.py or run_evaluation.py; default: the run's",
     )
-    parser.add_argument("--card", help="a README.md of your own, in place of the card that is made")
+    parser.add_argument(
+        "--card",
+        help="a README.md of your own, in place of the card that is made; then --about is read for "
+        "`data` and `may_share_weights` alone",
+    )
     parser.add_argument("--dry_run", action="store_true", help="show what would go, and send nothing")
     parser.add_argument("--public", action="store_true", help="for everybody to see")
     parser.add_argument("--overwrite", action="store_true", help="also where the repository holds something else")
@@ -43,8 +48,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tag", help="name for the commit, such as v1")
     parser.add_argument("--message", default="Publish MMCLIP", help="of the commit (default: %(default)s)")
     args = parser.parse_args(arguments)
-    if args.card and (args.about or args.license or args.results):
-        parser.error("--about, --license and --results make a card; with --card all of that stands in the file itself")
+    if args.card and (args.license or args.results):
+        parser.error("--license and --results make a card; with --card all of that stands in the file itself")
     return args
 
 

@@ -16,7 +16,8 @@ from MMCLIP.hub import model_card
 from MMCLIP.hub.model_card import About, build_card, card_gaps, data_terms, read_about, restricted_sources
 from MMCLIP.hub.paths import is_hub_id, local_paths, public_name, without_folders
 from MMCLIP.hub.preparing import validation_of_run
-from MMCLIP.hub.results import read_results
+from MMCLIP.hub.results import ZERO_SHOT as ZERO_SHOT_TASK
+from MMCLIP.hub.results import Evaluation, read_results
 from MMCLIP.hub.training_record import Run, count_rows, read_run, training_record, validation_of, write_record
 from MMCLIP.training.arguments import DataArguments, MMCLIPTrainingArguments, ModelArguments
 
@@ -162,6 +163,7 @@ def test_a_source_whose_terms_nobody_knows_is_named(evaluations):
 
 def test_a_validation_score_is_no_result_on_new_images_but_one_to_push_in_training():
     state = {"log_history": [{"eval_macro_auroc": 0.7, "step": 3}], "best_metric": 0.7}
+    state["best_model_checkpoint"] = "run/checkpoint-3"
     card = make_card([validation_of_run(Run(RECORD, validation=validation_of(state, keeps_best=True)))])
     assert "chose the checkpoint" in card.text and card_gaps(card, results="validation") == []
     last = make_card([validation_of_run(Run(RECORD, validation=validation_of(state, keeps_best=False)))])
@@ -170,6 +172,13 @@ def test_a_validation_score_is_no_result_on_new_images_but_one_to_push_in_traini
     assert gap.startswith("results")
     none = make_card([])
     assert card_gaps(none, results="none") == [] and card_gaps(none, results="validation")
+
+
+@pytest.mark.parametrize(("split", "is_new"), [("val", 0), ("validation", 0), ("Train", 0), ("dev", 0), ("test", 1)])
+def test_only_results_on_rows_that_neither_trained_nor_chose_the_model_count(split, is_new):
+    evaluation = Evaluation("films", "openi", split, "")
+    evaluation.add(ZERO_SHOT_TASK, "roc_auc", "AUROC", 0.9)
+    assert [gap.split(":")[0] for gap in card_gaps(make_card([evaluation]))] == ["results"] * (1 - is_new)
 
 
 def test_a_folder_of_this_machine_in_a_card_is_a_gap(evaluations):
@@ -276,8 +285,12 @@ def test_a_record_counts_rows_by_source_and_names_no_folder_row_or_patient(tmp_p
 
 def test_the_validation_of_a_run_is_that_of_the_checkpoint_it_leaves(tmp_path):
     history = [{"eval_macro_auroc": 0.9, "step": 1}, {"loss": 1.0, "step": 2}, {"eval_macro_auroc": 0.8, "step": 3}]
-    state = {"log_history": history, "best_metric": 0.9, "global_step": 3}
+    state = {"log_history": history, "best_metric": 0.9, "best_model_checkpoint": "r/checkpoint-1", "global_step": 3}
     assert validation_of(state, keeps_best=True)["step"] == 1 and validation_of(state, keeps_best=False)["step"] == 3
+    by_another = validation_of({**state, "best_metric": 0.4}, keeps_best=True)  # metric_for_best_model: auroc_edema
+    assert (by_another["step"], by_another["value"], by_another["chose"]) == (1, 0.9, False)
+    never_saved = validation_of({**state, "best_model_checkpoint": None}, keeps_best=True)
+    assert (never_saved["step"], never_saved["chose"]) == (3, False), "the Trainer then stays with the last weights"
     assert validation_of({"log_history": []}, keeps_best=True) is None
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
     (tmp_path / "train_results.json").write_text('{"train_runtime": 7.5}')
@@ -294,6 +307,7 @@ def test_the_validation_of_a_run_is_that_of_the_checkpoint_it_leaves(tmp_path):
     [
         ("from /data/x/films.csv, here", ["/data/x/films.csv"]),
         (r"C:\Users\anna\films.csv", [r"C:\Users\anna\films.csv"]),
+        (r'"C:\\Users\\anna"', [r"C:\\Users\\anna"]),
         ("~/films/a.csv file:///srv/a", ["~/films/a.csv", "file:///srv/a"]),
         ("--model=/srv/runs/a", ["/srv/runs/a"]),
         ("https://a.org/b/c http://x/y outputs/demo/a ../shared/a and/or 1/2 </p>", []),

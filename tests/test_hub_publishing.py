@@ -283,6 +283,21 @@ def test_weights_of_restricted_data_become_public_only_when_somebody_says_they_m
     about.write_text("license: mit\nmay_share_weights: true\n")
     publish(run, "--public", "--about", str(about))
     assert not hub.repos[REPO].private
+    own = tmp_path / "own.md"
+    own.write_bytes(hub.repos[REPO].files["README.md"])
+    with_card = ("--public", "--card", str(own))
+    with pytest.raises(ValueError, match="Trained on mimic-cxr"):
+        publish(run, *with_card, license=None)
+    with pytest.raises(ValueError, match="With --card, license of --about must stand in the card itself"):
+        publish(run, *with_card, "--about", str(about), license=None)
+    about.write_text("may_share_weights: true\n")
+    publish(run, *with_card, "--about", str(about), license=None)
+
+
+def test_a_folder_that_no_run_left_is_refused_as_run_dir(run, hub, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="--run_dir .*empty holds none of training_record.json"):
+        publish(run, "--run_dir", str(tmp_path / "empty"))
 
 
 def test_a_public_repository_is_not_pushed_to_unless_asked_for(run, hub):
@@ -465,3 +480,9 @@ def test_a_calibration_goes_along_only_with_the_weights_it_was_fitted_for(run, h
     (run / "calibration.json").write_text(json.dumps(calibration))
     publish(run)
     assert json.loads(hub.repos[REPO].files["calibration.json"])["data"] == "split val of films.csv"
+    (run / "own.md").write_bytes(hub.repos[REPO].files["README.md"])
+    publish(run, "--card", str(run / "own.md"), license=None)
+    assert "calibration.json" in hub.repos[REPO].files, "a card of one's own takes it away"
+    (run / "checkpoint" / "calibration.json").write_text(json.dumps({**calibration, "model": "other"}))
+    with pytest.raises(ValueError, match="checkpoint/calibration.json was fitted for other weights"):
+        publish(run)

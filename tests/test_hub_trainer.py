@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_hub import READ_TOKEN, FakeHub, connect
+from fake_hub import READ_TOKEN, STRANGER_TOKEN, FakeHub, connect
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from safetensors.torch import load, load_file
 from test_training_trainer import CONFIG, load_script, make_trainer
@@ -129,6 +129,24 @@ def test_a_push_that_fails_beside_the_training_does_not_end_it(run, hub, monkeyp
     folder = run()
     assert hub.repos[REPO].messages == ["End of training"] and (folder / "checkpoint" / "config.json").is_file()
     assert "the push failed, and training goes on. no route" in caplog.text
+    assert not list((folder / "hub").iterdir()), "weights that the Trainer has deleted would stay on the disk"
+
+
+def test_a_checkpoint_that_cannot_be_prepared_for_a_push_is_kept_and_training_goes_on(run, hub, monkeypatch, caplog):
+    def full(source, target):
+        if source.parent.name.startswith("checkpoint-"):
+            raise OSError("no space left")
+
+    monkeypatch.setattr("MMCLIP.training.pushing._link", full)
+    folder = run()
+    assert "checkpoint-1 is not pushed, and training goes on. no space left" in caplog.text
+    assert (folder / "checkpoint-1" / "model.safetensors").is_file() and hub.repos[REPO].messages == ["End of training"]
+
+
+def test_a_repository_that_may_not_be_made_stops_the_run_with_advice(run, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", STRANGER_TOKEN)
+    with pytest.raises(PermissionError, match="may not write to tester/run.*with write permission"):
+        run()
 
 
 def test_a_trainer_of_one_s_own_pushes_beside_what_follows_and_writes_its_card(hub, tmp_path):

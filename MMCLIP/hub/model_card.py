@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..data.indexing import PHANTOM
+from ..data.indexing import PHANTOM, SPLIT_NAMES
 from ..data.readers import SOURCES
 from .paths import is_hub_id, local_paths, without_folders
 from .results import VALIDATION, Evaluation
@@ -306,7 +306,8 @@ def card_gaps(card: ModelCard, results: str = "test") -> list[str]:
     """What a card must have before a model is published, and this one has not; [] where it may go.
 
     Licence, training data with the terms of each source, intended use, no folder of this machine, and results: with
-    "test" measured on other rows than those that chose the checkpoint, with "validation" on any, with "none" not yet.
+    "test" measured on other rows than those that trained the model or chose the checkpoint, with "validation" on any,
+    with "none" not yet.
     """
     data, parts = card.data, sections(card.text)
     gaps = []
@@ -331,7 +332,9 @@ def card_gaps(card: ModelCard, results: str = "test") -> list[str]:
         gaps.append("intended use: there is no section of that name with a text in it")
     measured = data.get("eval_results") or []
     if results == "test":
-        measured = [result for result in measured if result.dataset_split != VALIDATION]
+        splits = [str(result.dataset_split).lower() for result in measured]
+        splits = [SPLIT_NAMES.get(split, split) for split in splits]
+        measured = [result for result, split in zip(measured, splits, strict=True) if split not in ("train", "val")]
     if results != "none" and not measured:
         gaps.append("results: `model-index` has none that were measured on new images (--results metrics.json)")
     gaps += [f"privacy: it names {path}, a folder of this machine" for path in local_paths(str(card))]

@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 
 
-# /a/b, ~/a/b, C:\a and file://a, but neither a URL nor a relative path; a full stop behind it is no part of it
+# /a/b, ~/a/b, C:\a, in JSON C:\\a, and file://a, but neither a URL nor a relative path; a full stop behind it is no
+# part of it
 _LOCAL = re.compile(
     r"(?<![\w:/.~<-])~?/(?:[\w.@+=-]+/)+[\w.@+=-]*(?<!\.)"
-    r"|(?<![\w:/.~<-])[A-Za-z]:[\\/][\w.@+=-][^\s\"'`,;]*(?<!\.)"
+    r"|(?<![\w:/.~<-])[A-Za-z]:[\\/]+[\w.@+=-][^\s\"'`,;]*(?<!\.)"
     r"|\bfile://[^\s\"'`]+(?<!\.)"
 )
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -11,7 +11,7 @@ from ..evaluation.probabilities import FILE_NAME as CALIBRATION
 from .files import check_weights, cleaned, collect_files, read_json, saved_fingerprint
 from .model_card import About, build_card, card_gaps, restricted_sources, training_sources
 from .results import read_results, validation_result
-from .training_record import Run, find_run, read_run
+from .training_record import RUN_FILES, Run, find_run, read_run
 
 
 @dataclass
@@ -37,19 +37,25 @@ def prepare(
 
     The run is looked for in the folder and above it, and so is a metrics.json where `results` is None; a
     calibration.json there goes too if it was fitted for these weights. A card of one's own, `card_file`, goes as it is
-    and must have all that ours has. Raises `ValueError` for a folder that is not whole,
-    and for a card with gaps, naming all of them.
+    and must have all that ours has; of `about` it needs `data` and `may_share_weights` alone. Raises `ValueError` for a
+    folder that is not whole, and for a card with gaps, naming all of them.
     """
     files, stays = collect_files(model_dir)
     config = check_weights(model_dir)
+    if run_dir is not None and not any(Path(run_dir, name).is_file() for name in RUN_FILES):
+        raise ValueError(f"--run_dir {run_dir} holds none of {', '.join(RUN_FILES)}. Give the --output_dir of the run.")
     run_dir = find_run(model_dir) if run_dir is None else Path(run_dir)
     run = read_run(run_dir, model_dir)
-    if "ForImageClassification" in (config.architectures or [""])[0] and card_file is None:
+    is_classifier = "ForImageClassification" in (config.architectures or [""])[0]
+    if is_classifier and card_file is None:
         raise ValueError(f"{model_dir} is a fine-tuned classifier, of which no card is made: write one, for --card.")
-    fingerprint = "" if card_file is not None else saved_fingerprint(model_dir)
+    fingerprint = "" if is_classifier else saved_fingerprint(model_dir)
+    if CALIBRATION in files and not _is_calibration_of(Path(model_dir, CALIBRATION), fingerprint):
+        raise ValueError(f"{model_dir}/{CALIBRATION} was fitted for other weights. Fit a new one, or take it out.")
     if CALIBRATION not in files and _is_calibration_of(run_dir / CALIBRATION, fingerprint):
         files[CALIBRATION] = cleaned(run_dir / CALIBRATION)
     if card_file is not None:
+        _check_only_about_data(about)
         card = ModelCard(_read_card(card_file))
     else:
         if results is None:
@@ -83,6 +89,14 @@ def check_may_be_public(run: Run, config, about: About) -> None:
         raise ValueError(
             f"Trained on {', '.join(restricted)}, whose terms may forbid that the weights are made public. Publish "
             "without --public, or read the terms and put `may_share_weights: true` into the file for --about."
+        )
+
+
+def _check_only_about_data(about: About) -> None:
+    given = [item.name for item in fields(About) if getattr(about, item.name) != getattr(About(), item.name)]
+    if unused := sorted({*given} - {"data", "may_share_weights"}):
+        raise ValueError(
+            f"With --card, {', '.join(unused)} of --about must stand in the card itself; take it out there."
         )
 
 

@@ -18,6 +18,7 @@ from .paths import public_name
 
 
 FILE_NAME = "training_record.json"
+RUN_FILES = (FILE_NAME, "train_results.json", "metrics.json")  # what tells the folder of a run
 # of the arguments of a run those that decide what is learned, in the order of the card
 RECIPE = (
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "grad_cache_rows",
@@ -111,22 +112,26 @@ class Run:
 
 
 def validation_of(state: dict, keeps_best: bool) -> dict | None:
-    """The validation AUROC of the checkpoint that a run leaves: the best one, or the last."""
+    """The validation AUROC of the checkpoint that a run leaves: the one that it goes back to at its end, or the last.
+
+    `keeps_best` is `load_best_model_at_end`; `metric_for_best_model` may be another than the AUROC.
+    """
     key = "eval_macro_auroc"
     entries = [entry for entry in state.get("log_history", ()) if entry.get(key) is not None]
     if not entries:
         return None
-    chosen = entries[-1]
-    if keeps_best:
-        chosen = next((entry for entry in entries if entry[key] == state.get("best_metric")), chosen)
-    return {"metric": "macro_auroc", "value": chosen[key], "step": chosen["step"], "chose": keeps_best}
+    chosen, best = entries[-1], state.get("best_model_checkpoint")  # None where no best one was saved
+    if keeps_best and best:
+        step = int(Path(best).name.rpartition("-")[2])
+        chosen = next((entry for entry in entries if entry["step"] == step), chosen)
+    chose = keeps_best and chosen[key] == state.get("best_metric")
+    return {"metric": "macro_auroc", "value": chosen[key], "step": chosen["step"], "chose": chose}
 
 
 def find_run(model_dir: str | os.PathLike) -> Path:
     """The folder of the run that made a checkpoint: its own, or the one above, where the record or the results lie."""
     folder = Path(model_dir).resolve()
-    names = (FILE_NAME, "train_results.json", "metrics.json")
-    places = [place / name for name in names for place in (folder, folder.parent)]
+    places = [place / name for name in RUN_FILES for place in (folder, folder.parent)]
     return next((path.parent for path in places if path.is_file()), folder)
 
 

@@ -68,7 +68,7 @@ def _begins_as_dicom(path: Path) -> bool:
 
 
 def shown_path(path: str) -> str:
-    r"""`path` as tables can hold it: a byte of its name that is no UTF-8, as old exports have, becomes `\\xff`."""
+    r"""`path` as tables can hold it: a byte of its name that is no UTF-8, as old exports have, becomes `\xff`."""
     return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 

@@ -14,7 +14,7 @@ from transformers.utils.hub import PushInProgress
 from ..hub.files import check_weights, collect_files
 from ..hub.model_card import build_card, read_about
 from ..hub.preparing import check_card, check_may_be_public, validation_of_run
-from ..hub.publishing import Published, check_token, make_plan, push
+from ..hub.publishing import Published, check_token, hub_errors, make_plan, push
 from ..hub.training_record import Run, training_record, validation_of
 
 
@@ -56,7 +56,8 @@ class PushingTrainer(Trainer):
             check_may_be_public(self._run(keeps_best=False), self._config(), self._about())
         plan = make_plan(api, repo_id, {}, card, revision=self.args.hub_revision or "main", public=self._is_public)
         if plan.is_new:
-            api.create_repo(repo_id, private=plan.private)
+            with hub_errors(api, repo_id):
+                api.create_repo(repo_id, private=plan.private)
         self.hub_model_id, self.push_in_progress = repo_id, None
 
     def push_to_hub(
@@ -105,12 +106,17 @@ class PushingTrainer(Trainer):
             self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         card = self._card(self.hub_model_id, self._run(keeps_best=False))
-        check_card(card, results="none")
         folder = Path(self.args.output_dir) / "hub" / Path(checkpoint_folder).name
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        for name in collect_files(checkpoint_folder)[0]:
-            _link(Path(checkpoint_folder, name), folder / name)  # the Trainer may delete the checkpoint meanwhile
+        try:
+            check_card(card, results="none")
+            folder.mkdir(parents=True)
+            for name in collect_files(checkpoint_folder)[0]:
+                _link(Path(checkpoint_folder, name), folder / name)  # the Trainer may delete the checkpoint meanwhile
+        except (OSError, ValueError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            logger.warning(f"{checkpoint_folder} is not pushed, and training goes on. {error}")
+            return
         by_step = self.args.save_strategy == SaveStrategy.STEPS
         reached = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch)}"
         job = HfApi().run_as_future(self._push_beside_training, folder, card, f"Training in progress, {reached}")
@@ -121,6 +127,8 @@ class PushingTrainer(Trainer):
             self._push_folder(folder, card, message)
         except (OSError, RuntimeError, ValueError) as error:
             logger.warning(f"{message}: the push failed, and training goes on. {error}")
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)  # links hold weights that the Trainer has deleted
 
     def _push_folder(
         self, folder: Path, card: ModelCard, message: str, token: str | None = None, revision: str | None = None
@@ -157,7 +165,7 @@ class PushingTrainer(Trainer):
             record=self.record,
             seconds=next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), None),
             steps=state.global_step,
-            validation=validation_of({"log_history": history, "best_metric": state.best_metric}, keeps_best),
+            validation=validation_of(vars(state), keeps_best),
         )
 
     def _card(self, repo_id: str, run: Run) -> ModelCard:

@@ -1,0 +1,148 @@
+"""Train and evaluate every row of a bench with several seeds, and compare them: which part of the method pays?
+
+python examples/run_ablation.py examples/configs/ablation_phantoms_unpaired.yaml --output_dir outputs/ablation
+python examples/run_ablation.py BENCH.yaml --output_dir X --rows full contrastive --seeds 0 1 2 --budget time --jobs 2
+
+Every run is a line of OUTPUT_DIR/NAME/results_steps.jsonl (or results_time.jsonl) as soon as it is measured; the same
+command goes on where it stopped. table_steps.md has means and the paired differences from the bench's reference row.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from MMCLIP.ablation.bench import Bench, load_bench, measured
+from MMCLIP.ablation.table import markdown_table, summarise
+from MMCLIP.evaluation import comparison
+from MMCLIP.evaluation.checkpoints import load_checkpoint
+from MMCLIP.evaluation.protocols import protocol
+
+
+HERE = Path(__file__).resolve().parent
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", help="YAML file of a bench")
+    parser.add_argument("--output_dir", required=True, type=Path)
+    parser.add_argument("--rows", nargs="+", help="default: all; the reference is always among them")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument(
+        "--budget",
+        choices=("steps", "time"),
+        default="steps",
+        help="as many steps for all rows, or as many as take the time of the reference's, measured first",
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, each with its share of threads")
+    parser.add_argument(
+        "--launcher",
+        default=sys.executable,
+        help='what starts run_pretrain.py, such as "accelerate launch"; default: this Python',
+    )
+    parser.add_argument("--keep_checkpoints", action="store_true", help="default: deleted once they are measured")
+    args = parser.parse_args(arguments)
+    if args.jobs < 1:
+        parser.error(f"--jobs must be 1 or more, got {args.jobs}")
+    return args
+
+
+def steps_of_rows(bench: Bench, rows: list[str], budget: str, folder: Path) -> dict[str, int]:
+    """How long each row trains. Costs are measured once and kept, so that a bench that goes on has the same steps."""
+    if budget == "steps":
+        return dict.fromkeys(rows, bench.steps)
+    from MMCLIP.ablation.costs import equal_time_steps, step_costs
+
+    path = folder / "costs.json"
+    costs = json.loads(path.read_text()) if path.exists() else {}
+    if missing := [row for row in rows if row not in costs]:
+        found = step_costs(bench, list(dict.fromkeys([bench.reference, *missing])))
+        scale = costs.get(bench.reference, found[bench.reference]) / found[bench.reference]
+        costs = {row: cost * scale for row, cost in found.items()} | costs
+        path.write_text(json.dumps(costs, indent=2) + "\n")
+    return equal_time_steps(bench, {row: costs[row] for row in rows})
+
+
+def train(bench: Bench, row: str, seed: int, steps: int, folder: Path, args: argparse.Namespace) -> Path:
+    """The checkpoint of one run. One that was stopped goes on."""
+    command = [*shlex.split(args.launcher), str(HERE / "run_pretrain.py"), *bench.arguments(row, seed, steps)]
+    command += ["--output_dir", str(folder), "--resume_from_checkpoint", "last", "--disable_tqdm", "true"]
+    environment = dict(os.environ)
+    if args.jobs > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "a", encoding="utf-8") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"row {row!r}, seed {seed}: training failed, see {folder / 'log.txt'}")
+    return folder / "checkpoint"
+
+
+def earlier_runs(path: Path, arguments_of: dict[tuple[str, int], list[str]]) -> list[dict]:
+    """The lines of the results file. Raises ValueError for one that ran with other arguments than it would now."""
+    runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    for run in runs:
+        if run["arguments"] != arguments_of.get((run["row"], run["seed"]), run["arguments"]):
+            raise ValueError(
+                f"{path}: row {run['row']!r}, seed {run['seed']} was run with other arguments than the bench has now. "
+                "Take another --output_dir, or delete its line."
+            )
+    return runs
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    bench = load_bench(args.bench)
+    if unknown := sorted(set(args.rows or ()) - set(bench.rows)):
+        raise ValueError(f"--rows: {', '.join(unknown)}: no row of {args.bench}, expected {', '.join(bench.rows)}.")
+    rows = [row for row in bench.rows if not args.rows or row in (*args.rows, bench.reference)]
+    folder = args.output_dir / bench.name
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = steps_of_rows(bench, rows, args.budget, folder)
+    # seed by seed, so that there is a whole table early
+    arguments_of = {(row, seed): bench.arguments(row, seed, steps[row]) for seed in args.seeds for row in rows}
+    results_path = folder / f"results_{args.budget}.jsonl"
+    runs = earlier_runs(results_path, arguments_of)
+    missing = [key for key in arguments_of if key not in {(run["row"], run["seed"]) for run in runs}]
+    trial = comparison.load_trial(protocol(bench.protocol), bench.place) if missing else None
+    options = comparison.Options(num_bootstrap=0, fractions=bench.fractions)
+
+    def trained(key: tuple[str, int]) -> Path:
+        row, seed = key
+        return train(bench, row, seed, steps[row], folder / args.budget / f"{row}-{seed}", args)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        futures = {pool.submit(trained, key): key for key in missing}
+        try:
+            for future in as_completed(futures):
+                row, seed = futures[future]
+                outcome = comparison.evaluate_model(*load_checkpoint(str(future.result()), None), trial, options)
+                numbers = {name: measured(outcome.results, path) for name, path in bench.measures.items()}
+                run = {"row": row, "seed": seed, "steps": steps[row], "measures": numbers}
+                runs.append(run | {"arguments": arguments_of[row, seed]})
+                with open(results_path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(runs[-1]) + "\n")
+                print(f"{len(runs)} runs; {row}, seed {seed}, {steps[row]} steps: {numbers}", flush=True)
+                if not args.keep_checkpoints:
+                    for path in future.result().parent.glob("checkpoint*"):
+                        shutil.rmtree(path)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    summary = summarise(runs, list(bench.measures), bench.reference)
+    (folder / f"summary_{args.budget}.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    table = folder / f"table_{args.budget}.md"
+    table.write_text(markdown_table(summary, list(bench.rows), list(bench.measures)), encoding="utf-8")
+    print(f"{table.read_text(encoding='utf-8')}\ntable: {table}, runs: {results_path}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

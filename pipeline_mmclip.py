@@ -92,10 +92,11 @@ class FillMaskWithImagePipeline(Pipeline):
         text, image = inputs["text"], inputs.get("image")
         tokenizer = self.processor.tokenizer
         encoded = dict(self.processor(text=text))
-        if not (encoded["input_ids"] == tokenizer.mask_token_id).any():
-            length, limit = len(tokenizer(text, verbose=False)["input_ids"]), tokenizer.model_max_length
-            beyond = tokenizer.mask_token in text
-            reason = f"stands beyond the {limit} of its {length} tokens that are read" if beyond else "is missing"
+        whole, limit = tokenizer(text, verbose=False)["input_ids"], tokenizer.model_max_length
+        num_masks = whole.count(tokenizer.mask_token_id)
+        if num_masks == 0 or (encoded["input_ids"] == tokenizer.mask_token_id).sum() < num_masks:
+            beyond = f"stands beyond the {limit} of its {len(whole)} tokens that are read"
+            reason = beyond if num_masks else "is missing"
             raise ValueError(
                 f"the text must have a {tokenizer.mask_token} in place of the hidden word, but it {reason}."
             )

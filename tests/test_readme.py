@@ -121,7 +121,7 @@ def parser_of(script: str):
 
 def test_each_command_parses(home):
     scripts = ("run_zero_shot", "run_evaluation", "run_retrieval", "show_heatmaps", "prepare_data", "app", "make_space")
-    scripts += ("export_onnx", "push_to_hub")
+    scripts += ("export_onnx", "push_to_hub", "run_ablation")
     parse = {script: parser_of(script) for script in scripts} | {"run_classification": parse_classification_config}
     parse["onnx_inference"] = list  # folder, picture and sentences, as they come; test_export_onnx.py runs it
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
@@ -174,6 +174,7 @@ def test_each_option_in_the_text_is_an_option_of_a_run_and_changes_it(page, home
         parser_of("push_to_hub"): ["--model", "m", "--repo_id", "o/n"],
     }
     scripts[parser_of("export_onnx")] = ["--model", "m", "--output_dir", "o"]
+    scripts[parser_of("run_ablation")] = ["bench.yaml", "--output_dir", "o"]
     options_of = {parse: help_of(parse, capsys) for parse in scripts}
     for code in inline_code(page):
         if not code.startswith("--"):

@@ -4,8 +4,8 @@ python examples/app.py --model outputs/demo/checkpoint
 python examples/app.py --model OWNER/NAME --revision v1 --calibration calibration.json --reports reports.csv
 
 It answers at http://127.0.0.1:7860 and needs no network. An upload is removed from disk as soon as it is read, and what
-is read stays in memory while its page is open. What is left out is looked for beside this file, where a Space has it:
-checkpoint/, calibration.json, reports.csv. Research only, no diagnosis.
+is read stays in memory while its page is open, for half an hour at most. What is left out is looked for beside this
+file, where a Space has it: checkpoint/, calibration.json, reports.csv. Research only, no diagnosis.
 """
 
 import argparse

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,10 @@ from PIL import Image
 
 from MMCLIP import MMCLIPModel, MMCLIPProcessor
 from MMCLIP.data.phantom import make_phantom
+from MMCLIP.demo.interface import build_page, launch
+from MMCLIP.inference.loading import load_model
+from MMCLIP.inference.reading import FilmReader
+from MMCLIP.text.prompt_sets import prompt_set
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,6 +182,27 @@ def test_an_upload_gives_scores_maps_and_reports_and_leaves_nothing_on_disk_or_e
     assert sorted(shown) == sorted(REPORTS)
     assert app.files() == {}
     assert all(url.startswith(app.address) for url in page.requests())
+
+
+def test_a_film_is_forgotten_when_its_page_is_closed(chromium, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+    model, processor = load_model(save_tiny(tmp_path / "model"), device="cpu")
+    blocks = build_page(FilmReader(model, processor, prompt_set("sentence")), "a model")
+    address = launch(blocks, max_upload_mb=1, host="127.0.0.1")
+
+    def held():
+        sessions = blocks.state_holder.session_data.values()
+        return [value for session in sessions for value in session.state_data.values() if value is not None]
+
+    try:
+        page = Page(chromium, SimpleNamespace(address=address))
+        page.wait("#mm-example").click()
+        page.wait("#mm-scores li")
+        assert len(held()) == 1
+        chromium.get("about:blank")
+        page.until(lambda: not held())
+    finally:
+        blocks.close()
 
 
 @pytest.mark.slow

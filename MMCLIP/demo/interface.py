@@ -17,7 +17,7 @@ from . import pages
 
 
 UPLOAD_SECONDS = 120  # what is older in the folder of uploads was broken off, or never asked about
-SESSION_SECONDS = 30 * 60  # a film stays in memory for so long after it was last used
+SESSION_SECONDS = 30 * 60  # the longest that a film stays in memory
 OPACITY = 60  # per cent
 # what `css` does not reach, the outermost part of the page: narrow margins on telephones, dark scroll bars
 OUTERMOST = """<style>
@@ -163,8 +163,19 @@ def build_page(reader: FilmReader, about: str):
         upload.upload(demo.upload, [upload, names], [upload, *everything], **shared)
         example.click(demo.example, [names], everything, **shared)
         names.change(demo.ask, [film, names], [scores, maps], trigger_mode="always_last", **shared)
+        page.unload(_forgetting(page))
         opacity.input(None, [opacity], None, js=SET_OPACITY, show_progress="hidden")  # in the browser alone
     return page
+
+
+def _forgetting(page):
+    """What removes the film of a page that is closed; Gradio alone would hold it for an hour more."""
+    import gradio as gr
+
+    def forget(request: gr.Request) -> None:
+        page.state_holder.delete_state(request.session_hash)
+
+    return forget
 
 
 def launch(page, *, max_upload_mb: int, host: str | None = None, port: int | None = None) -> str:

@@ -18,7 +18,7 @@ STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 HEAT_SIDE = 256  # pixels of the longer side of a heat map, which the browser enlarges smoothly
 WARNING = (
     "<b>Research software. Not a medical device, not for diagnosis.</b> Do not decide on anybody's care by what it "
-    "shows. Images stay in memory while this page is open, and no upload is kept on disk."
+    "shows. Images stay in memory while this page is open, for half an hour at most, and no upload is kept on disk."
 )
 
 

@@ -15,11 +15,10 @@ import sys
 from pathlib import Path
 
 from MMCLIP.evaluation.checkpoints import check_checkpoint
+from MMCLIP.hub.files import cleaned, collect_files
 
 
 ROOT = Path(__file__).resolve().parent.parent
-# what AutoModel and the processor read; no optimizer, no arguments of the run, which hold paths
-CHECKPOINT_FILES = ("config.json", "processor_config.json", "tokenizer*.json", "*.safetensors", "*.index.json")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -43,9 +42,16 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--reports: a Space takes a .csv, got {args.reports.name}.")
 
 
+def write(content: Path | bytes, target: Path) -> None:
+    target.write_bytes(content) if isinstance(content, bytes) else shutil.copyfile(content, target)
+
+
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     check(args)
+    # as they go to the Hub: without optimizer, arguments of the run and folders of this machine
+    files = collect_files(args.model)[0] if os.path.isdir(args.model) else {}
+    calibration = None if args.calibration is None else cleaned(args.calibration)
     space = args.output_dir
     space.mkdir(parents=True, exist_ok=True)
     for source in [*(ROOT / "examples" / "space").iterdir(), ROOT / "examples" / "app.py", ROOT / "LICENSE"]:
@@ -53,20 +59,21 @@ def main(arguments: list[str] | None = None) -> None:
     for source in [*ROOT.glob("*_mmclip.py"), *ROOT.glob("tokenizer*.json")]:
         shutil.copy(source, space)
     shutil.copytree(ROOT / "MMCLIP", space / "MMCLIP", ignore=shutil.ignore_patterns("__pycache__"))
-    if os.path.isdir(args.model):
+    if files:
         (space / "checkpoint").mkdir()
-        for pattern in CHECKPOINT_FILES:
-            for source in Path(args.model).glob(pattern):
-                shutil.copy(source, space / "checkpoint")
+        for name, content in files.items():
+            if not name.endswith(".py"):
+                write(content, space / "checkpoint" / name)
     else:
         page = space / "README.md"
         text = page.read_text(encoding="utf-8")
         page.write_text(re.sub(r"\n---\n", f"\nmodels:\n- {args.model}\n---\n", text, count=1), encoding="utf-8")
-    for name in ("calibration", "reports"):
-        if (source := getattr(args, name)) is not None:
-            shutil.copy(source, space / {"calibration": "calibration.json", "reports": "reports.csv"}[name])
+    if calibration is not None:
+        write(calibration, space / "calibration.json")
+    if args.reports is not None:
+        shutil.copy(args.reports, space / "reports.csv")
     print(f"The Space lies in {space}. Upload it: hf upload OWNER/NAME {space} . --repo-type space")
-    if not os.path.isdir(args.model):
+    if not files:
         print(f"Then set the variable MMCLIP_MODEL of the Space to {args.model}, and HF_TOKEN if the model is private.")
 
 

@@ -66,13 +66,16 @@ def checkpoint(tmp_path_factory):
     folder = save_tiny(tmp_path_factory.mktemp("run") / "checkpoint")
     (folder / "training_args.bin").write_bytes(b"private")
     (folder / "optimizer.pt").write_bytes(b"large")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["_name_or_path"] = "/home/anna/bert"
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 def test_the_folder_holds_the_app_the_package_and_the_weights_and_nothing_of_the_run(script, checkpoint, tmp_path):
-    (tmp_path / "calibration.json").write_text("{}")
+    (tmp_path / "fit.json").write_text('{"data": "split val of /data/hospital/films.csv"}')
     (tmp_path / "mine.csv").write_text("text\nNo effusion.\n")
-    options = ["--calibration", tmp_path / "calibration.json", "--reports", tmp_path / "mine.csv"]
+    options = ["--calibration", tmp_path / "fit.json", "--reports", tmp_path / "mine.csv"]
     script.main(["--model", str(checkpoint), "--output_dir", str(tmp_path / "space"), *map(str, options)])
     there = {path.relative_to(tmp_path / "space").as_posix() for path in (tmp_path / "space").rglob("*")}
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "MMCLIP").rglob("*.py")}
@@ -82,6 +85,8 @@ def test_the_folder_holds_the_app_the_package_and_the_weights_and_nothing_of_the
     names = ("config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
     assert weights == {f"checkpoint/{name}" for name in names}
     assert not [name for name in there if "__pycache__" in name]
+    assert "anna" not in (tmp_path / "space" / "checkpoint" / "config.json").read_text()
+    assert "split val of films.csv" in (tmp_path / "space" / "calibration.json").read_text()
 
 
 def test_a_model_of_the_hub_is_named_and_not_copied(script, tmp_path, capsys):

@@ -108,8 +108,8 @@ def cleaned(path: Path) -> Path | bytes:
         return path
     content = read_json(path)
     cleaned = _without_local_models(content)
-    if path.name == "calibration.json":
-        cleaned["data"] = without_folders(cleaned.get("data", ""))
+    if isinstance(cleaned.get("data"), str):  # of a calibration
+        cleaned["data"] = without_folders(cleaned["data"])
     if left := local_paths(json.dumps(cleaned)):
         raise ValueError(f"{path} names {left[0]}, a folder of this machine. Take it out; it helps nobody else.")
     return path if cleaned == content else (json.dumps(cleaned, indent=2) + "\n").encode()

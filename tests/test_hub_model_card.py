@@ -310,6 +310,8 @@ def test_the_validation_of_a_run_is_that_of_the_checkpoint_it_leaves(tmp_path):
         (r'"C:\\Users\\anna"', [r"C:\\Users\\anna"]),
         ("~/films/a.csv file:///srv/a", ["~/films/a.csv", "file:///srv/a"]),
         ("--model=/srv/runs/a", ["/srv/runs/a"]),
+        ("--manifest '/home/anna lee/films.csv' -x", ["/home/anna lee/films.csv"]),
+        ("spacy:/home/anna/ner", ["/home/anna/ner"]),
         ("https://a.org/b/c http://x/y outputs/demo/a ../shared/a and/or 1/2 </p>", []),
     ],
 )

@@ -8,7 +8,8 @@ from pathlib import Path
 # /a/b, ~/a/b, C:\a, in JSON C:\\a, and file://a, but neither a URL nor a relative path; a full stop behind it is no
 # part of it
 _LOCAL = re.compile(
-    r"(?<![\w:/.~<-])~?/(?:[\w.@+=-]+/)+[\w.@+=-]*(?<!\.)"
+    r"(?<=['\"])~?/(?:[^'\"/\n]+/)+[^'\"/\n]*(?=['\"])"  # with spaces, as a shell and JSON quote it
+    r"|(?<![\w/.~<-])~?/(?:[\w.@+=-]+/)+[\w.@+=-]*(?<!\.)"
     r"|(?<![\w:/.~<-])[A-Za-z]:[\\/]+[\w.@+=-][^\s\"'`,;]*(?<!\.)"
     r"|\bfile://[^\s\"'`]+(?<!\.)"
 )

@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
         args.model,
         f"{data}, {len(rows)} rows with image and report",
         weights_hash=model_fingerprint(model, processor, with_code=False),
-        dataset={"sources": sorted(rows.unique("source")), "split": args.split if args.manifest else "test"},
+        dataset=report.describe_rows(rows),
     )
     write_files(args.output_dir, results, ranks.table())
     print(report.retrieval_table({"": retrieval}), "", *report.caution_lines(overlaps), sep="\n")

@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
         args.model,
         data,
         weights_hash=model_fingerprint(model, processor, with_code=False),
-        dataset={"sources": sorted(rows.unique("source")), "split": args.split if args.manifest else "test"},
+        dataset=report.describe_rows(rows),
     )
     report.write_predictions(args.output_dir, predictions)
     report.write_metrics(args.output_dir, results)

@@ -29,10 +29,17 @@ def describe_command() -> dict:
 def describe_run(model: str, data: str, **more) -> dict:
     """What a reader needs to repeat the numbers: command line, model folder, data, versions and what `more` there is.
 
-    For a model card these are `weights_hash`, the `model_fingerprint` without code, and `dataset`, `{"sources",
-    "split"}` of the rows.
+    For a model card these are `weights_hash`, the `model_fingerprint` without code, and `dataset`, [`describe_rows`].
     """
     return {**describe_command(), "model": model, "data": data, **more}
+
+
+def describe_rows(rows) -> dict:
+    """`{"sources", "split"}` of manifest rows; the split of rows of several is `test+train`, None without any."""
+    return {
+        "sources": sorted(rows.unique("source")),
+        "split": "+".join(filter(None, sorted(rows.unique("split")))) or None,
+    }
 
 
 def read_train_results(

@@ -6,17 +6,17 @@
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.indexing import PHANTOM, SPLIT_NAMES
 from ..data.readers import SOURCES
 from .paths import is_hub_id, local_paths, without_folders
-from .results import VALIDATION, Evaluation
+from .results import VALIDATION, Evaluation, dataset_id
 from .training_record import Run
 
 
@@ -280,6 +280,15 @@ def _licence(about: About) -> list[str]:
 # --------------------------------------------------------------------------------------------------- what a card lacks
 
 
+def _is_on_new_images(result: EvalResult, trained_on: Collection[str]) -> bool:
+    if result.dataset_split == VALIDATION:  # of the run itself
+        return False
+    splits = (result.dataset_split or "").lower().split("+")
+    if not {SPLIT_NAMES.get(split, split) for split in splits} & {"train", "val"}:
+        return True
+    return not any(dataset_id(source) in result.dataset_type for source in trained_on)
+
+
 def sections(text: str) -> dict[str, str]:
     """Title in lower case -> text of each section of a Markdown page, sub-sections included."""
     found, stack = {}, []
@@ -302,12 +311,12 @@ def _without_hashes(block: re.Match) -> str:
     return re.sub(r"^#", " #", block.group(0), flags=re.MULTILINE)
 
 
-def card_gaps(card: ModelCard, results: str = "test") -> list[str]:
+def card_gaps(card: ModelCard, results: str = "test", trained_on: Collection[str] = ()) -> list[str]:
     """What a card must have before a model is published, and this one has not; [] where it may go.
 
     Licence, training data with the terms of each source, intended use, no folder of this machine, and results: with
     "test" measured on other rows than those that trained the model or chose the checkpoint, with "validation" on any,
-    with "none" not yet.
+    with "none" not yet. The train and val rows of a data set are others if it is none of those `trained_on`.
     """
     data, parts = card.data, sections(card.text)
     gaps = []
@@ -332,9 +341,7 @@ def card_gaps(card: ModelCard, results: str = "test") -> list[str]:
         gaps.append("intended use: there is no section of that name with a text in it")
     measured = data.get("eval_results") or []
     if results == "test":
-        splits = [str(result.dataset_split).lower() for result in measured]
-        splits = [SPLIT_NAMES.get(split, split) for split in splits]
-        measured = [result for result, split in zip(measured, splits, strict=True) if split not in ("train", "val")]
+        measured = [result for result in measured if _is_on_new_images(result, trained_on)]
     if results != "none" and not measured:
         gaps.append("results: `model-index` has none that were measured on new images (--results metrics.json)")
     gaps += [f"privacy: it names {path}, a folder of this machine" for path in local_paths(str(card))]

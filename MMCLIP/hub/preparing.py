@@ -64,7 +64,7 @@ def prepare(
         if run.validation is not None:
             evaluations.append(validation_of_run(run))
         card = build_card(repo_id, config, run, evaluations, about)
-    check_card(card)
+    check_card(card, trained_on=training_sources(run, config, about))
     if public:
         check_may_be_public(run, config, about)
     return Release(files, card, stays)
@@ -76,9 +76,9 @@ def validation_of_run(run: Run):
     return validation_result(run.validation, "+".join(sources) or "unknown")
 
 
-def check_card(card: ModelCard, results: str = "test") -> None:
+def check_card(card: ModelCard, results: str = "test", trained_on: Sequence[str] = ()) -> None:
     """Raises `ValueError` with everything that the card lacks, see [`card_gaps`]."""
-    if gaps := card_gaps(card, results):
+    if gaps := card_gaps(card, results, trained_on):
         raise ValueError("The model card is not complete, so nothing is published:\n- " + "\n- ".join(gaps))
 
 

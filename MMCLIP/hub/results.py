@@ -51,7 +51,7 @@ class Evaluation:
     lines: list[str] = field(default_factory=list)
 
     def __post_init__(self):
-        self.dataset = re.sub(r"[^\w.-]+", "-", self.dataset)
+        self.dataset = dataset_id(self.dataset)
 
     def add(self, task: tuple[str, str], metric: str, name: str, value, interval=None, draws: int | None = None):
         """A number, to four digits; `interval` holds 95 % of `draws` of patients. A value of None was not measured."""
@@ -79,11 +79,16 @@ class Evaluation:
         )
 
 
+def dataset_id(source: str) -> str:
+    """`source` as an id for `model-index`; rows of no source are "unknown"."""
+    return re.sub(r"[^\w.-]+", "-", source or "unknown")
+
+
 def read_results(path: str | os.PathLike, model_dir: str | os.PathLike, fingerprint: str) -> list[Evaluation]:
     """The evaluations in a metrics.json of run_zero_shot.py, run_retrieval.py or run_evaluation.py.
 
-    They must be of the model whose `model_fingerprint` without code is `fingerprint`; where the file has no hash of
-    the weights, of the folder `model_dir`. Raises `ValueError` for anything else.
+    They must be of the model in `model_dir`, whose `model_fingerprint` without code is `fingerprint`. Raises
+    `ValueError` for anything else, also for a file of an older version, which has no hash of the weights.
     """
     path = Path(path) / "metrics.json" if Path(path).is_dir() else Path(path)
     try:
@@ -130,8 +135,6 @@ def validation_result(validation: Mapping, dataset: str) -> Evaluation:
 
 
 def _check_model(weights: str | None, place: str | None, path: Path, model_dir, fingerprint: str) -> None:
-    if weights is None and place is not None and Path(place).resolve() == Path(model_dir).resolve():
-        return
     if weights != fingerprint:
         measured_on = f"weights {weights}" if weights else f"{place}, without a hash of its weights"
         raise ValueError(
@@ -142,12 +145,7 @@ def _check_model(weights: str | None, place: str | None, path: Path, model_dir, 
 
 def _of_comparison(results: Mapping, path: Path, model_dir, fingerprint: str) -> list[Evaluation]:
     """The trials of run_evaluation.py, of the one model in it that is this one."""
-    names = [
-        name
-        for name, about in results["models"].items()
-        if about.get("weights_hash") == fingerprint
-        or ("weights_hash" not in about and Path(about["path"]).resolve() == Path(model_dir).resolve())
-    ]
+    names = [name for name, about in results["models"].items() if about.get("weights_hash") == fingerprint]
     if not names:
         raise ValueError(
             f"{path} compares {', '.join(results['models'])}, none of which has the weights {fingerprint} of "

@@ -49,6 +49,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     of_manifest = [name for name in ("split", "calibration_split", "fully_labelled") if getattr(args, name) is not None]
     if args.manifest is None and of_manifest:
         parser.error(f"--{of_manifest[0]} is for --manifest; phantoms are held out and have all labels")
+    if args.calibration_split is not None and args.split in (None, args.calibration_split):
+        parser.error(
+            "--calibration_split must be another split than --split, or the loss is measured on the same images"
+        )
     if args.manifest is not None and args.phantom_size is not None:
         parser.error("--phantom_size is for phantoms, not for --manifest")
     args.sources = tuple(filter(None, (args.fully_labelled or "").split(",")))

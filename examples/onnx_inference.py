@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 from onnxruntime import InferenceSession
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
 
@@ -17,7 +17,7 @@ def prepare(picture: Image.Image, about: dict[str, str]) -> np.ndarray:
     """`pixel_values` (1, 1, S, S), as our image processor makes them."""
     if picture.mode not in ("L", "RGB"):
         raise SystemExit(f"expected a grey or colour picture of 8 bit, got the mode {picture.mode}")
-    side, grey = int(about["image_size"]), picture.convert("L")
+    side, grey = int(about["image_size"]), ImageOps.exif_transpose(picture).convert("L")  # upright
     factor = min(side / grey.width, side / grey.height)
     size = tuple(min(max(round(length * factor), 1), side) for length in grey.size)
     size = size if int(about["do_pad"]) else (side, side)

@@ -187,6 +187,18 @@ def test_the_example_makes_the_pixel_values_of_our_processor(mode, size, tmp_pat
         np.testing.assert_array_equal(found, expected)
 
 
+def test_the_example_turns_a_film_upright_as_our_processor_does(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 20), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # lies on its side
+    Image.fromarray(pixels).save(tmp_path / "xray.png", exif=turned)
+    about = {"image_size": "32", "do_pad": "1", "resample": "3", "rescale_factor": str(1 / 255)}
+    about |= {"image_mean": "0.45", "image_std": "0.3"}
+    found = example("onnx_inference").prepare(Image.open(tmp_path / "xray.png"), about)
+    processor = MMCLIPImageProcessor(size=32, image_mean=[0.45], image_std=[0.3])
+    np.testing.assert_array_equal(found, processor(tmp_path / "xray.png")["pixel_values"])
+
+
 def test_the_example_refuses_what_it_would_read_wrongly():
     with pytest.raises(SystemExit, match="8 bit, got the mode I;16"):
         example("onnx_inference").prepare(Image.new("I;16", (4, 4)), {})
@@ -278,6 +290,11 @@ def test_without_onnxscript_the_export_says_what_to_install(tmp_path, monkeypatc
         (["--phantoms", "5"], "--phantoms says what --int8 is measured on"),
         (["--int8", "--split", "test"], "--split is for --manifest"),
         (["--int8", "--manifest", "m.csv", "--phantom_size", "64"], "--phantom_size is for phantoms"),
+        (["--int8", "--manifest", "m.csv", "--calibration_split", "val"], "must be another split than --split"),
+        (
+            ["--int8", "--manifest", "m", "--split", "a", "--calibration_split", "a"],
+            "must be another split than --split",
+        ),
     ],
 )
 def test_options_that_would_do_nothing_are_errors(options, message, capsys):

@@ -217,6 +217,14 @@ def test_a_dry_run_shows_files_and_card_and_sends_nothing(run, hub, capsys):
     assert told.split("The card, README.md:\n\n")[1].startswith("---\nlanguage: en")
 
 
+def test_the_card_goes_to_the_endpoint_of_the_push_alone(run, hub, monkeypatch):
+    elsewhere = HfApi(endpoint=constants.ENDPOINT)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    prepared = prepare(run / "checkpoint", REPO, About(license="mit"))
+    plan = publishing.make_plan(elsewhere, REPO, prepared.files, prepared.card)
+    assert plan.is_new and [line for line in hub.log if "validate" in line]
+
+
 def test_a_dry_run_without_network_compares_nothing_and_says_so(run, hub, capsys, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     publish(run, "--dry_run")

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 
 from .files import CARD, is_published
 
@@ -113,7 +113,7 @@ def make_plan(
     there = {}
     try:
         with hub_errors(api, repo_id):
-            _validate(card)
+            _validate(api, card)
             there = _remote_files(api, plan)
             if plan.parent is not None and not overwrite:
                 _check_is_ours(api, plan, there)
@@ -133,12 +133,15 @@ def make_plan(
     return plan
 
 
-def _validate(card: ModelCard) -> None:
+def _validate(api: HfApi, card: ModelCard) -> None:
     """The Hub's own check of the front matter."""
-    try:
-        card.validate()
-    except ValueError as error:
-        raise ValueError(f"The Hub does not take the front matter of the card: {error}") from error
+    # not `card.validate()`: before huggingface_hub 2 that sends the card to huggingface.co, whatever the endpoint is
+    body = {"repoType": "model", "content": str(card)}
+    headers = {"Accept": "text/plain"}
+    response = get_session().post(f"{api.endpoint}/api/validate-yaml", json=body, headers=headers)
+    if response.status_code == 400:
+        raise ValueError(f"The Hub does not take the front matter of the card: {response.text}")
+    hf_raise_for_status(response)
 
 
 def _remote_files(api: HfApi, plan: Plan) -> dict:

@@ -59,6 +59,8 @@ class FillMaskWithImagePipeline(Pipeline):
         if text is None:
             return super().__call__(image, **kwargs)
         if isinstance(text, str):
+            if isinstance(image, (list, tuple)):
+                raise ValueError(f"{TASK} got a list of {len(image)} images and one text; give a list of texts too.")
             return super().__call__({"image": image, "text": text}, **kwargs)
         images = image if isinstance(image, (list, tuple)) else [image] * len(text)
         if len(images) != len(text):

@@ -27,6 +27,7 @@ from MMCLIP.evaluation.embeddings import model_fingerprint
 from MMCLIP.evaluation.probabilities import Calibration, FindingCalibration, hash_prompts
 from MMCLIP.evaluation.zero_shot import zero_shot_scores
 from MMCLIP.inference.loading import load_model
+from MMCLIP.inference.reading import FilmReader
 from MMCLIP.text.prompt_sets import prompt_set
 
 
@@ -225,6 +226,14 @@ def test_heatmap_writes_a_picture_of_the_size_of_the_film_for_each_finding(insid
     assert mmclip(f"heatmap films/a.png --opacity 0 --findings edema --output_dir {clear}") == 0
     (shown,) = clear.glob("*.png")
     assert (np.asarray(Image.open(shown))[..., 0] == np.asarray(Image.open("films/a.png"))).all()
+
+
+def test_heat_maps_of_many_findings_are_made_one_by_one(inside, tmp_path, monkeypatch):
+    made = []
+    real = FilmReader.heatmaps
+    monkeypatch.setattr(FilmReader, "heatmaps", lambda self, *a: made.append(real(self, *a).shape) or real(self, *a))
+    assert mmclip(f"heatmap films/a.png --output_dir {tmp_path} --findings edema cardiomegaly") == 0
+    assert made == [(1, 96, 96)] * 2, "all at once, those of a film of 4,000 px and 16 findings would fill 1 GB"
 
 
 def test_retrieve_lists_the_nearest_reports_with_their_names(inside, tmp_path):

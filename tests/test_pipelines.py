@@ -171,6 +171,7 @@ def test_fill_mask_says_what_is_wrong_with_its_input(saved, fill):
         ((image, TEXT), {"top_k": 0}, "`top_k` must be 1 or more, got 0"),
         ((image,), {}, "needs `text`, a report with a mask"),
         (([image], [TEXT, TEXT]), {}, "got 1 images and 2 texts"),
+        (([image, image], TEXT), {}, "got a list of 2 images and one text"),
         ((folder / "nowhere.png", TEXT), {}, "there is no such image file"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -150,9 +150,9 @@ def heatmap(args: argparse.Namespace) -> int:
     run, reader, findings = _reading(args)
     with TableWriter(table_file) as table:
         for film in run.films(with_pictures=True):
-            maps = reader.heatmaps(film, findings)
             stem = f"{run.num_done:05d}_{file_name(Path(film.name).stem)}"
-            for number, (score, one) in enumerate(zip(reader.score(film, findings), maps, strict=True)):
+            for number, score in enumerate(reader.score(film, findings)):
+                (one,) = reader.heatmaps(film, [score.finding])  # of the size of the film: one by one
                 name = f"{stem}_{number}_{file_name(score.finding.name, 40)}.png"
                 picture = overlay(film.picture, one, opacity=args.opacity, colours=args.colours)
                 picture.save(args.output_dir / name)

@@ -215,9 +215,7 @@ def check_token(api: HfApi) -> str:
     return who["name"]
 
 
-def push(
-    api: HfApi, plan: Plan, *, message: str = "Publish MMCLIP", description: str = "", tag: str | None = None
-) -> Published:
+def push(api: HfApi, plan: Plan, *, message: str = "Publish MMCLIP", tag: str | None = None) -> Published:
     """Do what `plan` says, in one commit, and none where nothing changes; then set `tag`.
 
     Raises ValueError for a tag that stands at another commit, before anything is sent; PermissionError, ConnectionError
@@ -244,7 +242,6 @@ def push(
                 plan.repo_id,
                 operations,
                 commit_message=message,
-                commit_description=description or None,
                 revision=plan.revision,
                 parent_commit=plan.parent,
             ).oid

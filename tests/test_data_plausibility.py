@@ -167,3 +167,15 @@ def test_a_film_of_2500_pixels_takes_less_than_20_ms():
             xray_likeness(image)
             times.append(time.perf_counter() - start)
         assert min(times) < 0.02  # of a quiet moment: the machine may be shared
+
+
+def test_tensors_of_any_kind_and_bytes_of_any_kind_are_judged_by_their_colours():
+    colours = np.zeros((3, 64, 64), np.uint8)
+    colours[0, :32], colours[1, 32:] = 200, 200
+    plain = xray_likeness(colours)
+    assert any("colours" in reason for reason in plain.reasons)
+    shares = torch.tensor(colours / 255, requires_grad=True)
+    file = io.BytesIO()
+    Image.fromarray(colours.transpose(1, 2, 0)).save(file, "PNG")
+    for image in (torch.tensor(colours), shares, shares.bfloat16(), bytearray(file.getvalue()), file.getbuffer()):
+        assert any("colours" in reason for reason in xray_likeness(image).reasons), type(image)

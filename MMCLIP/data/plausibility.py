@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ..image_processing_mmclip import IMAGE_FORMATS, load_shrunk
@@ -51,6 +52,10 @@ def xray_likeness(image: Any, gray: Image.Image | None = None) -> XrayLikeness:
     """
     if isinstance(image, dict):  # of `datasets.Image(decode=False)`
         image = image["bytes"] if image.get("bytes") is not None else image.get("path", image)
+    if isinstance(image, (bytearray, memoryview)):
+        image = bytes(image)
+    if isinstance(image, torch.Tensor):
+        image = (image.float() if image.is_floating_point() else image).detach().cpu()
     if isinstance(image, (str, os.PathLike, bytes)):
         image = _opened(image)
     thumbnail, (width, height) = load_shrunk(image if gray is None else gray, longer_side=THUMBNAIL)

@@ -1131,7 +1131,6 @@ class MMCLIPForPreTraining(MMCLIPModel):
         With gradient checkpointing the masked texts go through in `num_parts` parts.
         """
         masks_words = self.config.mlm_weight > 0 and input_ids_masked is not None
-        pooled_image, patch_tokens, _ = self.encode_image(pixel_values)  # (B, H), (B, N, H)
         masked_text_tokens = None
         if masks_words and not (self.training and self._saves_memory):
             texts, mask = torch.cat([input_ids, input_ids_masked]), torch.cat([attention_mask, attention_mask])
@@ -1144,6 +1143,8 @@ class MMCLIPForPreTraining(MMCLIPModel):
                 masked_text_tokens = self._in_parts(
                     num_parts, lambda *texts: self.encode_text(*texts)[1], input_ids_masked, attention_mask
                 )
+        # after the texts: in the backward it goes first, and its memory with it, before the text tower has gradients
+        pooled_image, patch_tokens, _ = self.encode_image(pixel_values)  # (B, H), (B, N, H)
         return EncodedRows(
             image_embeds=self.project_image(pooled_image),
             text_embeds=self.project_text(pooled_text),

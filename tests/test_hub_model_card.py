@@ -253,6 +253,13 @@ def test_results_of_other_weights_are_refused(tmp_path, changes, weights, messag
         read_results(path, tmp_path / "checkpoint", weights)
 
 
+@pytest.mark.parametrize("content", [{"zero_shot": {}}, {"zero_shot": None}, {"retrieval": {}}, {"trials": {}}])
+def test_results_in_another_form_are_refused_by_their_file(tmp_path, content):
+    (tmp_path / "metrics.json").write_text(json.dumps({"weights_hash": "abc", **content}))
+    with pytest.raises(ValueError, match="metrics.json is not as this version of the evaluation scripts writes it"):
+        read_results(tmp_path, tmp_path / "checkpoint", "abc")
+
+
 def test_a_comparison_gives_the_numbers_of_this_model_alone(tmp_path):
     def of(auroc):
         return {"overlaps": [], "zero_shot": {**ZERO_SHOT, "macro_auroc": auroc}}

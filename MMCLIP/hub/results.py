@@ -103,6 +103,15 @@ def read_results(path: str | os.PathLike, model_dir: str | os.PathLike, fingerpr
             f"{path} holds none of {', '.join(known)}; expected the metrics.json of run_zero_shot.py, "
             "run_retrieval.py or run_evaluation.py."
         )
+    try:
+        return _read(results, path, model_dir, fingerprint)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not as this version of the evaluation scripts writes it ({error!r}). Evaluate this model again."
+        ) from error
+
+
+def _read(results: Mapping, path: Path, model_dir, fingerprint: str) -> list[Evaluation]:
     if "trials" in results:
         return _of_comparison(results, path, model_dir, fingerprint)
     _check_model(results.get("weights_hash"), results.get("model"), path, model_dir, fingerprint)

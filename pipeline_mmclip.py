@@ -65,6 +65,8 @@ class FillMaskWithImagePipeline(Pipeline):
         images = image if isinstance(image, (list, tuple)) else [image] * len(text)
         if len(images) != len(text):
             raise ValueError(f"{TASK} got {len(images)} images and {len(text)} texts; give one image, or one for each.")
+        if not text:
+            return []
         pairs = zip(images, text, strict=True)
         return super().__call__([{"image": one, "text": report} for one, report in pairs], **kwargs)
 

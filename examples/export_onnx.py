@@ -53,6 +53,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             "--calibration_split must be another split than --split, or the loss is measured on the same images"
         )
+    if args.phantoms is not None and args.phantoms < 1:
+        parser.error(f"--phantoms must be 1 or more, got {args.phantoms}")
     if args.manifest is not None and args.phantom_size is not None:
         parser.error("--phantom_size is for phantoms, not for --manifest")
     args.sources = tuple(filter(None, (args.fully_labelled or "").split(",")))

@@ -107,7 +107,16 @@ def test_the_fingerprint_without_code_is_that_of_the_same_weights_under_other_co
 
 @pytest.mark.parametrize(
     "content, message",
-    [(None, "cannot be read"), ("{", "JSONDecodeError"), ("[]", "expected a calibration"), ("{}", "findings")],
+    [
+        (None, "cannot be read"),
+        ("{", "JSONDecodeError"),
+        ("[]", "expected a calibration"),
+        ("{}", "findings"),
+        (
+            '{"findings": {"edema": {"slope": "1", "intercept": 0, "num_present": 1, "num_absent": 1}}}',
+            "slope and intercept of 'edema' are no numbers",
+        ),
+    ],
 )
 def test_a_file_that_is_no_calibration_is_refused_by_name(content, message, tmp_path):
     path = tmp_path / "calibration.json"

@@ -157,6 +157,8 @@ def test_a_trainer_of_one_s_own_pushes_beside_what_follows_and_writes_its_card(h
         trainer.push_to_hub()
     assert not hub.repos[REPO].messages
     score = trainer.evaluate()["eval_macro_auroc"]
+    with pytest.raises(ValueError, match="private=False.*would not make tester/run public"):
+        trainer.push_to_hub(private=False)
     published = trainer.push_to_hub("By hand", blocking=False, revision="dev").result(timeout=60)
     files = hub.repos[REPO].commits[published.commit]
     assert hub.repos[REPO].messages == ["By hand"] and hub.repos[REPO].branches["dev"] == published.commit

@@ -179,10 +179,13 @@ def test_every_label_of_the_vocabulary_can_be_asked():
     assert set(known_findings(prompt_set("biovil-rsna"))) == {"pneumonia"}
 
 
-def test_reports_are_read_once_each_from_a_table(tmp_path):
+def test_reports_are_read_once_each_from_a_table(tmp_path, caplog):
     table = tmp_path / "reports.csv"
     table.write_text("text\nNo effusion.\n The  heart is large.\nNo effusion.\n")
     assert list(read_report_ids(str(table))) == ["No effusion.", "The heart is large."]
+    table.write_text("text,row_id\nNo effusion.,a\n,b\n")
+    assert read_report_ids(str(table)) == {"No effusion.": "a"}
+    assert "left out 1 rows of" in caplog.text and "line 3: the row has neither an image nor a text" in caplog.text
     table.write_text("file,labels\nmissing.png,edema\n")  # images are not looked for
     with pytest.raises(ValueError, match="reports.csv: none of 1 rows has a report"):
         read_report_ids(str(table))

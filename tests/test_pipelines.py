@@ -147,6 +147,7 @@ def test_fill_mask_of_several_masks_and_reports_is_a_list_of_lists_in_batches_to
     for found in (together, as_dicts):
         assert found[0][0]["score"] == pytest.approx(one_by_one[0][0]["score"], rel=1e-4)
         assert [a["token"] for a in found[1][1]] == [a["token"] for a in one_by_one[1][1]]
+    assert fill(folder / "a.png", []) == []
     other = fill([folder / "a.png", folder / "b.png"], [TEXT, TEXT])
     assert other[0] == one_by_one[0] and other[1] == fill(folder / "b.png", TEXT)
 

@@ -172,6 +172,9 @@ def load_calibration(path: str | os.PathLike) -> Calibration:
     try:
         entry = json.loads(Path(path).read_text(encoding="utf-8"))
         findings = {label: FindingCalibration(**values) for label, values in entry.pop("findings").items()}
+        for label, finding in findings.items():
+            if not all(isinstance(number, (int, float)) for number in (finding.slope, finding.intercept)):
+                raise TypeError(f"slope and intercept of {label!r} are no numbers")
         return Calibration(findings=findings, **entry)
     except OSError as error:
         raise ValueError(f"{path}: the calibration cannot be read: {error.strerror}.") from error

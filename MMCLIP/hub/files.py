@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
 from .. import MMCLIPForImageClassification, MMCLIPForPreTraining, MMCLIPModel
-from ..evaluation.checkpoints import load_checkpoint
 from ..evaluation.embeddings import model_fingerprint
+from ..inference.loading import load_model
 from .paths import local_paths, public_name, without_folders
 
 
@@ -177,5 +177,5 @@ def _names(path: Path) -> list[str]:
 
 
 def saved_fingerprint(model_dir: str | os.PathLike) -> str:
-    """`model_fingerprint` without code of the model as evaluations load it."""
-    return model_fingerprint(*load_checkpoint(model_dir, "cpu"), with_code=False)
+    """`model_fingerprint` without code, as evaluations have it; no code of the folder is run."""
+    return model_fingerprint(*load_model(model_dir, device="cpu"), with_code=False)

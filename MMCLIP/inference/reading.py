@@ -1,6 +1,7 @@
 """One film and everything that is asked of it. The image tower runs once; findings and heat maps use what it gave."""
 
 import functools
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..text.prompts import fill_template, make_noun, negative_prompts, positive_
 from ..text.vocabulary import LABEL_KINDS, NO_FINDING, canonical_label, vocabulary
 
 
+logger = logging.getLogger(__name__)
 SHOWN_SIDE = 768  # pixels of the longer side of a film on the page
 MAX_FINDINGS = 16
 MAX_LETTERS = 80  # of a finding that the vocabulary lacks
@@ -191,11 +193,22 @@ class FilmReader:
 
 
 def read_report_ids(path: str) -> dict[str, str]:
-    """Report -> its `row_id` (that of the first of several) of a table or a prepared folder, without its images."""
+    """Report -> its `row_id` (that of the first of several) of a table or a prepared folder, without its images.
+
+    Rows of a table that cannot be used are left out, with one warning that counts them and names the first.
+    """
+    problems: list[str] = []
     if Path(path).is_dir():
         rows = read_prepared(path)
     else:
-        rows = read_csv_manifest(path, drop_unlabelled=True, check_images=False)
+        rows = read_csv_manifest(
+            path,
+            drop_unlabelled=True,
+            check_images=False,
+            report_problem=lambda where, reason: problems.append(f"{where}: {reason}"),
+        )
+    if problems:
+        logger.warning("reports: left out %d rows of %s, the first: %s", len(problems), path, problems[0])
     found: dict[str, str] = {}
     for report, row_id in zip(rows["report"], rows["row_id"], strict=True):
         if report and report.strip():

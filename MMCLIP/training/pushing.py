@@ -75,6 +75,11 @@ class PushingTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
+        elif private is False:
+            raise ValueError(
+                f"`private=False` would not make {self.hub_model_id} public, as it is there already. Publish with "
+                "examples/push_to_hub.py --public, which asks what the terms of the data allow."
+            )
         folder = Path(self.args.output_dir) / "hub" / "end"
         if self.is_world_process_zero():
             shutil.rmtree(folder, ignore_errors=True)  # of a push that failed

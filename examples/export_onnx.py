@@ -15,7 +15,7 @@ from pathlib import Path
 from MMCLIP.evaluation import report
 from MMCLIP.evaluation.checkpoints import check_checkpoint, load_checkpoint
 from MMCLIP.evaluation.zero_shot import check_scorable
-from MMCLIP.export.onnx_encoders import FILES, NUM_CHECKS, encoder_metadata, export_encoders
+from MMCLIP.export.onnx_encoders import FILES, INT8_FILES, NUM_CHECKS, encoder_metadata, export_encoders
 
 
 NUM_PHANTOMS = 500  # scored by --int8 where no data are named
@@ -127,6 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
         labels = args.labels.split(",") if args.labels else None
         check_scorable(rows, labels, args.sources)  # before the long part
     model, processor = load_checkpoint(args.model, "cpu")
+    earlier = [path for path in (args.output_dir / name for name in INT8_FILES.values()) if path.exists()]
     differences = export_encoders(model, processor, args.output_dir)
     for part, difference in differences.items():
         print(f"{args.output_dir / FILES[part]}: within {difference:.1e} of torch on {NUM_CHECKS} inputs")
@@ -134,6 +135,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.int8:
         results["int8"] = {"data": data, **quantize(args, model, processor, rows, labels)}
         print_loss(results["int8"])
+    for path in earlier:
+        if not path.exists():
+            print(f"{path}: removed, as it was made of the earlier files; --int8 makes it anew")
     results |= {**report.describe_command(), "model": args.model}
     (args.output_dir / "export.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"{args.output_dir / 'export.json'}: what was checked and measured")

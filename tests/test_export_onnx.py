@@ -290,6 +290,7 @@ def test_without_onnxscript_the_export_says_what_to_install(tmp_path, monkeypatc
         (["--phantoms", "5"], "--phantoms says what --int8 is measured on"),
         (["--int8", "--split", "test"], "--split is for --manifest"),
         (["--int8", "--manifest", "m.csv", "--phantom_size", "64"], "--phantom_size is for phantoms"),
+        (["--int8", "--phantoms", "0"], "--phantoms must be 1 or more, got 0"),
         (["--int8", "--manifest", "m.csv", "--calibration_split", "val"], "must be another split than --split"),
         (
             ["--int8", "--manifest", "m", "--split", "a", "--calibration_split", "a"],

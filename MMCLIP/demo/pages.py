@@ -112,6 +112,10 @@ def percent(value: float) -> str:
     return "&lt; 1 %" if value < 0.005 else "&gt; 99 %" if value >= 0.995 else f"{100 * value:.0f} %"
 
 
+def _short(score: Score) -> str:
+    return f"score {score.score:.2f}" if score.probability is None else f"present {percent(score.probability)}"
+
+
 def _prompts(score: Score) -> str:
     positive, negative = score.finding.positive, score.finding.negative
     about = f"“{escape(positive[0])}” against " + (f"“{escape(negative[0])}”" if negative else "nothing")
@@ -167,7 +171,8 @@ def maps_page(film: Film, scores: Sequence[Score], heatmaps: np.ndarray) -> str:
         told = f"Heat map of {score.finding.name}, highest {column / width:.0%} from the left, {row / height:.0%} down"
         figures.append(
             f'<figure tabindex="0"><div class="mm-under"><img class="mm-heat" src="{_data_url(heat_picture(heatmap))}" '
-            f'alt="{escape(told)}"></div><figcaption>{escape(score.finding.name)}</figcaption></figure>'
+            f'alt="{escape(told)}"></div><figcaption>{escape(score.finding.name)} <small>{_short(score)}</small>'
+            "</figcaption></figure>"
         )
     return (
         '<p class="mm-hint">Where the image answers the finding more than its denial. A map says where, not whether: '

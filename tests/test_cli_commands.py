@@ -84,7 +84,7 @@ def test_encode_puts_a_mixed_folder_into_one_parquet_file_with_the_embeddings_of
     assert table.schema.field("embedding").type.list_size == 16
     assert set(table.column("model_hash").to_pylist()) == {model_fingerprint(model, processor, with_code=False)}
     assert min(table.column("xray_likeness").to_pylist()) > 0.5
-    about = json.loads(pq.read_schema(output).metadata[b"mmclip"])
+    about = json.loads(pq.read_metadata(output).metadata[b"mmclip"])
     assert about["failed"] == [] and "Not for diagnosis" in about["notice"]
     told = capsys.readouterr().err
     assert "5 of 5 images done; written:" in told and "Research software. Not for diagnosis" in told

@@ -15,9 +15,8 @@ from MMCLIP.training.arguments import DataArguments, ModelArguments, parse_run_c
 
 CONFIGS = Path(__file__).resolve().parent.parent / "examples" / "configs"
 # those of other scripts are tested with their parsers
-PRETRAINING = [
-    path for path in sorted(CONFIGS.glob("*.yaml")) if not path.name.startswith(("classification_", "protocol_"))
-]
+OTHERS = ("ablation_", "classification_", "protocol_")
+PRETRAINING = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.name.startswith(OTHERS)]
 VIT = "vision_config: {model_type: vit, hidden_size: 32}\n"
 
 

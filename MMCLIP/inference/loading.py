@@ -33,7 +33,8 @@ def load_model(
         model = load_whole(MMCLIPModel, name, **source)
         processor = MMCLIPProcessor.from_pretrained(name, trust_remote_code=False, **source)  # else it would ask
     except (OSError, SafetensorError, StrictDataclassError) as error:
-        here = "" if os.path.isdir(name) else " (there is no such folder here, so it was taken for a Hub id)"
+        is_taken = revision is None and not os.path.isdir(name)
+        here = " (there is no such folder here, so it was taken for a Hub id)" if is_taken else ""
         raise ValueError(f"model: {name}{here} cannot be loaded: {_first_lines(error)}") from error
     model.processor = processor  # checks that they fit; `encode` would look for one without the revision
     return model.to(device).eval(), processor

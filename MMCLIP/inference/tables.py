@@ -75,8 +75,7 @@ class TableWriter:
 
         if self._writer is None:
             schema = pa.schema([(name, _arrow_type(value)) for name, value in self._rows[0].items()])
-            # without the schema of Arrow, which would hide the metadata of the file from `pq.read_schema`
-            self._writer = pq.ParquetWriter(self.part, schema, store_schema=False)
+            self._writer = pq.ParquetWriter(self.part, schema)
         self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._writer.schema))
         self._rows = []
 

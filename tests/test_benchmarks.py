@@ -52,7 +52,12 @@ def test_every_benchmark_is_run_here():
     assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} == {*MEASURED, "benchmark_tools"}
 
 
-@pytest.mark.parametrize("name", MEASURED)
+SLOW = {"data_pipeline", "scaling", "onnx_encoders", "training_step"}  # more than ten seconds each
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MEASURED]
+)
 def test_a_quick_run_prints_its_table_and_writes_every_number(name, tmp_path):
     script = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--quick", "--json", str(tmp_path / "out.json")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}

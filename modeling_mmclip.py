@@ -926,7 +926,7 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
                     futures[id(image)] = pool.submit(prepare, index, image)
             return [futures[id(image)] for image in images[start : start + batch_size]]
 
-        with ThreadPoolExecutor(max(torch.get_num_threads(), 1)) as pool:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             waiting = submit(0)
             for start in range(batch_size, len(images) + batch_size, batch_size):
                 pixel_values = torch.cat([future.result() for future in waiting])
@@ -1087,7 +1087,8 @@ class MMCLIPForPreTraining(MMCLIPModel):
             # prompts are short: a pass of their own costs less than padding them to the length of a report; it is the
             # first, as then its gradients, which are as large as the tower, come when the others have left
             prompt_embeds = self.embed_prompts(prompt_input_ids, prompt_attention_mask)
-        num_parts = max(min(4, *sizes), 1)  # the same in every process, as FSDP needs
+        # the same in every process, as FSDP needs
+        num_parts = max(min(4, *sizes), 1) if self.training and self._saves_memory else 1
         rows = self.encode_rows(pixel_values, input_ids, attention_mask, input_ids_masked, num_parts)
         rebuilt = self.rebuild(
             rows,
@@ -1128,7 +1129,7 @@ class MMCLIPForPreTraining(MMCLIPModel):
     ) -> EncodedRows:
         """Both towers on the rows of a batch, whole and masked texts in one pass unless memory is to be saved.
 
-        With gradient checkpointing the masked texts go through in `num_parts` parts.
+        The masked texts go through in `num_parts` parts, which is for gradient checkpointing.
         """
         masks_words = self.config.mlm_weight > 0 and input_ids_masked is not None
         masked_text_tokens = None
@@ -1169,8 +1170,8 @@ class MMCLIPForPreTraining(MMCLIPModel):
     ) -> Rebuilt:
         """AttMIM and EntMLM: both see one row at a time, so that a batch may go through in parts.
 
-        Then `num_hidden_patches` and `num_hidden_words` are those of the whole batch, see [`masked_patch_loss`]. With
-        gradient checkpointing the decoders themselves see the rows in `num_parts` parts.
+        Then `num_hidden_patches` and `num_hidden_words` are those of the whole batch, see [`masked_patch_loss`]. The
+        decoders themselves see the rows in `num_parts` parts, which is for gradient checkpointing.
         """
         config, patch_tokens = self.config, rows.patch_tokens
         rebuilt = Rebuilt(losses={})
@@ -1206,8 +1207,8 @@ class MMCLIPForPreTraining(MMCLIPModel):
         return rebuilt
 
     def _in_parts(self, num_parts: int, head, *rows: Tensor | None, **others) -> Tensor:
-        """`head` of all rows; with gradient checkpointing of some at a time, made again for their gradient."""
-        if num_parts == 1 or not (self.training and self._saves_memory):
+        """`head` of all rows, or of a part of them at a time, each of which is made again for its gradient."""
+        if num_parts == 1:
             return head(*rows, **others)
         parts = ((None,) * num_parts if values is None else values.tensor_split(num_parts) for values in rows)
         return torch.cat([checkpoint(head, *part, use_reentrant=False, **others) for part in zip(*parts, strict=True)])

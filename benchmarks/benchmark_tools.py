@@ -50,6 +50,14 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_processor_time(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--processor_time",
+        action="store_true",
+        help="seconds of the processor, not of the clock, for a CPU that others use too; set OMP_NUM_THREADS=1",
+    )
+
+
 def write_results(
     measures: dict[str, tuple], results: dict[str, float | None], about: dict, path: str | None, details: dict
 ) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import transformers
-from benchmark_tools import argument_parser, in_turns, machine, write_results
+from benchmark_tools import add_processor_time, argument_parser, in_turns, machine, write_results
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
@@ -167,11 +167,7 @@ def main():
     parser = argument_parser(__doc__.partition(":")[0])
     parser.add_argument("--batch_size", type=int, help="default 16, on a GPU 256")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--processor_time",
-        action="store_true",
-        help="seconds of the processor, not of the clock, for a CPU that others use too; set OMP_NUM_THREADS=1",
-    )
+    add_processor_time(parser)
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     device = torch.device(arguments.device)

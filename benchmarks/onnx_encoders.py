@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 import transformers
-from benchmark_tools import argument_parser, in_turns, machine, write_results
+from benchmark_tools import add_processor_time, argument_parser, in_turns, machine, write_results
 
 from MMCLIP import MMCLIPConfig, MMCLIPImageProcessor, MMCLIPModel, MMCLIPProcessor
 from MMCLIP.export import onnx_encoders
@@ -115,11 +115,7 @@ def measure(
 
 def main():
     parser = argument_parser(__doc__.partition(":")[0])
-    parser.add_argument(
-        "--processor_time",
-        action="store_true",
-        help="seconds of the processor, not of the clock, for a CPU that others use too; set OMP_NUM_THREADS=1",
-    )
+    add_processor_time(parser)
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     clock = time.process_time if arguments.processor_time else time.perf_counter

@@ -11,8 +11,6 @@ for batches of embeddings: with its similarities whole, and in the chunks that i
 import json
 import os
 import socket
-import statistics
-import time
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +22,7 @@ import transformers
 from benchmark_tools import argument_parser, in_turns, machine, write_results
 from MMCLIP.modeling_mmclip import contrastive_loss
 from torch.nn.parallel import DistributedDataParallel
-from training_step import Trained, make_batch, memory
+from training_step import Trained, make_batch, memory, peak_memory
 
 from MMCLIP.training.grad_cache import average_gradients, cached_backward
 
@@ -80,14 +78,8 @@ def step_of_process(
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    seconds = []
-    for _ in range(options["num_rounds"] + 1):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-    peak = memory("VmHWM")
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak and peak - before
-    Path(folder, f"{rank}.json").write_text(json.dumps([statistics.median(seconds[1:]), peak]))
+    seconds = in_turns(options["num_rounds"], step=step)["step"]
+    Path(folder, f"{rank}.json").write_text(json.dumps([seconds, peak_memory(before, device)]))
     if num_processes > 1:
         dist.destroy_process_group()
 
@@ -131,9 +123,7 @@ def loss_of_process(queue, batch_size: int, max_logits: int, device: str) -> Non
             torch.cuda.synchronize()
 
     seconds = in_turns(2, run=run)["run"]
-    peak = memory("VmHWM")
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak and peak - before
-    queue.put((seconds, peak))
+    queue.put((seconds, peak_memory(before, torch.device(device))))
 
 
 def measure_loss(batch_size: int, max_logits: int, device: str) -> tuple[float, float | None]:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from benchmark_tools import argument_parser, in_turns, machine, write_results
+from benchmark_tools import add_processor_time, argument_parser, in_turns, machine, write_results
 from MMCLIP.modeling_mmclip import (
     contrastive_loss,
     finding_loss,
@@ -264,6 +264,13 @@ def memory(field: str) -> float | None:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(field)), None)
 
 
+def peak_memory(before: float | None, device: torch.device) -> float | None:
+    """MB at the peak of this process over the `before` that it held; on a GPU what torch had of it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return None if before is None else memory("VmHWM") - before
+
+
 def memory_and_flops(
     name: str, size: str, batch_size: int, device: torch.device, checkpointing: bool
 ) -> tuple[float | None, int | None]:
@@ -283,10 +290,7 @@ def memory_and_flops(
         counter = FlopCounterMode(display=False)
     with counter:
         trained.step(batch)
-    flops = None if checkpointing else counter.get_total_flops()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20, flops
-    return None if before is None else memory("VmHWM") - before, flops
+    return peak_memory(before, device), None if checkpointing else counter.get_total_flops()
 
 
 def measure_memory(
@@ -419,11 +423,7 @@ def main():
     parser.add_argument("--size", choices=("ti", "s", "b"), default="b", help="ViT and BERT of this width (default b)")
     parser.add_argument("--batch_size", type=int, help="default 8, on a GPU 256")
     parser.add_argument("--checkpointing_batch_size", type=int, help="of its peak memory; left out, as batch_size")
-    parser.add_argument(
-        "--processor_time",
-        action="store_true",
-        help="seconds of the processor, not of the clock, for a CPU that others use too; set OMP_NUM_THREADS=1",
-    )
+    add_processor_time(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()

@@ -9,8 +9,7 @@ import torch
 
 from ..data.plausibility import xray_likeness
 from ..image_processing_mmclip import load_grayscale, load_unrounded
-from ..modeling_mmclip import evaluating
-from .reading import Film
+from .reading import Film, encode_pixels
 
 
 # what is looked for in folders; other names count where the content begins as a DICOM file does
@@ -115,10 +114,7 @@ def _encode(model, batch: list[tuple[str, Future]], report_problem: Problem) -> 
     if not read:
         return
     paths, pixel_values, likenesses, pictures = zip(*read, strict=True)
-    with evaluating(model):
-        pixels = torch.cat(pixel_values).to(device=model.device, dtype=model.dtype)
-        pooled, patch_tokens, _ = model.encode_image(pixels)
-        embeds = model.project_image(pooled).float().cpu()
+    embeds, patch_tokens = encode_pixels(model, torch.cat(pixel_values))
     for number, path in enumerate(paths):
         if not embeds[number].isfinite().all():
             report_problem(path, "the model gives NaN or infinity for it; look for diverged weights")

@@ -68,6 +68,14 @@ class Score(NamedTuple):
     calibration: FindingCalibration | None
 
 
+def encode_pixels(model, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 1, S, S) -> embeddings (B, D), float32 on the CPU, and patch tokens (B, N, H) where the model is."""
+    with evaluating(model):
+        pixel_values = pixel_values.to(device=model.device, dtype=model.dtype)
+        pooled, patch_tokens, _ = model.encode_image(pixel_values)
+        return model.project_image(pooled).float().cpu(), patch_tokens
+
+
 def known_findings(prompts: PromptSet) -> list[str]:
     """The labels of the vocabulary that `prompts` have texts for, in alphabetical order."""
     labels = [concept.name for concept in vocabulary().values() if concept.kind in LABEL_KINDS]
@@ -141,10 +149,7 @@ class FilmReader:
             likeness = xray_likeness(source)
         except (ValueError, ImportError) as error:
             raise type(error)(f"{name}: {error}") from error
-        with evaluating(self.model):
-            pixel_values = pixel_values.to(device=self.model.device, dtype=self.model.dtype)
-            pooled, patch_tokens, _ = self.model.encode_image(pixel_values)
-            embeds = self.model.project_image(pooled).float().cpu()
+        embeds, patch_tokens = encode_pixels(self.model, pixel_values)
         if not embeds.isfinite().all():
             raise ValueError(f"{name}: the model gives NaN or infinity for it. Look for diverged weights.")
         return Film(name, size, picture, embeds, patch_tokens, likeness)

@@ -33,10 +33,16 @@ def tiny_config(vocab_size: int = 100, image_size: int = 32, **fields) -> MMCLIP
     return MMCLIPConfig(**fields)
 
 
-def save_tiny(folder: Path, seed: int = 0, **fields) -> Path:
-    """A model that is not trained, and its processor, saved in `folder`."""
+def tiny_processor() -> MMCLIPProcessor:
+    """What fits [`tiny_config`], with the vocabulary of its tokenizer: images of 32 pixels, texts of 64 tokens."""
     processor = MMCLIPProcessor(MMCLIPImageProcessor(size=32))
     processor.tokenizer.model_max_length = 64
+    return processor
+
+
+def save_tiny(folder: Path, seed: int = 0, **fields) -> Path:
+    """A model that is not trained, and its processor, saved in `folder`."""
+    processor = tiny_processor()
     torch.manual_seed(seed)
     MMCLIPModel(tiny_config(vocab_size=len(processor.tokenizer), **fields)).save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -4,9 +4,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import tiny_config, tiny_processor
 from MMCLIP.modeling_mmclip import MMCLIPModel
-from MMCLIP.processing_mmclip import MMCLIPImageProcessor, MMCLIPProcessor
+from MMCLIP.processing_mmclip import MMCLIPProcessor
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -34,8 +34,7 @@ def make_rows(*seeds: int, names: str = "abcdef"):
 
 
 def make_model(seed: int = 0):
-    processor = MMCLIPProcessor(MMCLIPImageProcessor(size=32))
-    processor.tokenizer.model_max_length = 64
+    processor = tiny_processor()
     torch.manual_seed(seed)
     model = MMCLIPModel(tiny_config(vocab_size=len(processor.tokenizer))).eval()
     model.processor = processor

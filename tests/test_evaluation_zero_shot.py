@@ -5,9 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import tiny_config, tiny_processor
 from MMCLIP.modeling_mmclip import MMCLIPModel, evaluating
-from MMCLIP.processing_mmclip import MMCLIPImageProcessor, MMCLIPProcessor
 from PIL import Image
 from torch import nn
 from transformers import BatchFeature
@@ -84,8 +83,7 @@ class AngleModel(nn.Module):
 @pytest.fixture(scope="module")
 def real():
     """The real model and processor, tiny and untrained."""
-    processor = MMCLIPProcessor(MMCLIPImageProcessor(size=32))
-    processor.tokenizer.model_max_length = 64
+    processor = tiny_processor()
     torch.manual_seed(0)
     return MMCLIPModel(tiny_config(vocab_size=len(processor.tokenizer))).eval(), processor
 

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_batch, tiny_config
+from conftest import tiny_batch, tiny_config, tiny_processor
 from MMCLIP.modeling_mmclip import (
     MMCLIPForImageClassification,
     MMCLIPForPreTraining,
@@ -22,8 +22,6 @@ from MMCLIP.modeling_mmclip import (
 )
 from PIL import Image
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, BertTokenizerFast, ViTConfig, ViTModel
-
-from MMCLIP import MMCLIPImageProcessor, MMCLIPProcessor
 
 
 ONE = torch.tensor(1.0)
@@ -293,9 +291,7 @@ def test_encode_after_pretrained_towers_uses_the_tokenizer_of_the_text_tower_and
 
 def encoder() -> MMCLIPModel:
     model = MMCLIPModel(tiny_config(vocab_size=6144))
-    processor = MMCLIPProcessor(MMCLIPImageProcessor(size=32))
-    processor.tokenizer.model_max_length = 64
-    model.processor = processor
+    model.processor = tiny_processor()
     return model
 
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import tiny_config, tiny_processor
 from dicom_files import file_bytes, make_dicom
 from MMCLIP.pipeline_mmclip import FillMaskWithImagePipeline
 from PIL import Image
@@ -17,9 +17,7 @@ from transformers import AutoModel, pipeline
 from MMCLIP import (
     MMCLIPForImageClassification,
     MMCLIPForPreTraining,
-    MMCLIPImageProcessor,
     MMCLIPModel,
-    MMCLIPProcessor,
 )
 from MMCLIP.data.phantom import make_phantom
 
@@ -33,8 +31,7 @@ TRUST = {"trust_remote_code": True}
 def saved(tmp_path_factory):
     """Folders `pretraining` and `classifier`, with the models in them, the processor and four pictures."""
     folder = tmp_path_factory.mktemp("pipelines")
-    processor = MMCLIPProcessor(MMCLIPImageProcessor(size=32))
-    processor.tokenizer.model_max_length = 64
+    processor = tiny_processor()
     torch.manual_seed(0)
     model = MMCLIPForPreTraining(tiny_config(vocab_size=len(processor.tokenizer))).eval()
     with torch.no_grad():  # an untrained decoder hardly looks at the image

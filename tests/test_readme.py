@@ -11,11 +11,11 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from conftest import tiny_config
+from conftest import tiny_config, tiny_processor
 from MMCLIP.processing_mmclip import default_tokenizer
 from PIL import Image
 
-from MMCLIP import MMCLIPConfig, MMCLIPForPreTraining, MMCLIPImageProcessor, MMCLIPModel, MMCLIPProcessor
+from MMCLIP import MMCLIPConfig, MMCLIPForPreTraining, MMCLIPModel
 from MMCLIP.cli import build_parser
 from MMCLIP.data.phantom import FINDINGS
 from MMCLIP.data.readers import COLUMN_NAMES, SOURCES, source_reader
@@ -84,8 +84,7 @@ def home(tmp_path, monkeypatch):
 
 def test_the_python_of_the_readme_runs_in_order(home):
     torch.manual_seed(0)
-    processor = MMCLIPProcessor(MMCLIPImageProcessor(size=32))
-    processor.tokenizer.model_max_length = 64
+    processor = tiny_processor()
     checkpoint = MMCLIPForPreTraining(tiny_config(vocab_size=len(processor.tokenizer)))
     for saved in (checkpoint, processor):
         saved.save_pretrained("outputs/demo/checkpoint")

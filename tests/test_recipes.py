@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import tiny_config, tiny_processor
 from PIL import Image
 
-from MMCLIP import MMCLIPForPreTraining, MMCLIPImageProcessor, MMCLIPModel, MMCLIPProcessor
+from MMCLIP import MMCLIPForPreTraining, MMCLIPModel
 from MMCLIP.data.phantom import make_phantom
 
 
@@ -43,8 +43,7 @@ def recipe(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
         torch.manual_seed(0)
-        processor = MMCLIPProcessor(MMCLIPImageProcessor(size=32))
-        processor.tokenizer.model_max_length = 64
+        processor = tiny_processor()
         checkpoint = MMCLIPForPreTraining(tiny_config(vocab_size=len(processor.tokenizer)))
         for saved in (checkpoint, processor):
             saved.save_pretrained("outputs/demo/checkpoint")

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import tiny_config
+from conftest import tiny_config, tiny_processor
 from MMCLIP.modeling_mmclip import MMCLIPForImageClassification, MMCLIPModel
-from MMCLIP.processing_mmclip import MMCLIPImageProcessor, MMCLIPProcessor
 from PIL import Image
 
 from MMCLIP.data.manifest import make_row, rows_to_dataset
@@ -78,8 +77,7 @@ def checkpoints(tmp_path_factory):
     folders = {}
     for name, fields in (("vit", {}), ("resnet", {"vision_config": RESNET})):
         folders[name] = str(tmp_path_factory.mktemp(name))
-        processor = MMCLIPProcessor(MMCLIPImageProcessor(size=32))
-        processor.tokenizer.model_max_length = 64
+        processor = tiny_processor()
         torch.manual_seed(0)
         MMCLIPModel(tiny_config(vocab_size=len(processor.tokenizer), **fields)).save_pretrained(folders[name])
         processor.save_pretrained(folders[name])

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import tiny_batch, tiny_config
+from conftest import tiny_batch, tiny_config, tiny_processor
 from test_modeling_mmclip import TOWERS
 from transformers import TrainerCallback
 
-from MMCLIP import MMCLIPForPreTraining, MMCLIPImageProcessor, MMCLIPProcessor
+from MMCLIP import MMCLIPForPreTraining
 from MMCLIP.data.collator import MMCLIPCollator
 from MMCLIP.data.dataset import MMCLIPDataset
 from MMCLIP.data.phantom import phantom_dataset
@@ -49,8 +49,7 @@ def make_trainer(folder, **arguments) -> ListeningTrainer:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
-    processor = MMCLIPProcessor(MMCLIPImageProcessor(size=32))
-    processor.tokenizer.model_max_length = 64
+    processor = tiny_processor()
     config = tiny_config(vocab_size=len(processor.tokenizer), decoder_num_layers=1)
     config.vision_config.num_hidden_layers = config.text_config.num_hidden_layers = 1
     model = MMCLIPForPreTraining(config)

@@ -70,21 +70,44 @@ class MMCLIPConfig(PretrainedConfig):
     projection_dim (`int`, *optional*, defaults to 512):
         Size of the shared image-text space.
     image_pooling, text_pooling (`str`, *optional*, defaults to `"mean"`):
-        What is projected: `"mean"` of the patch (text) tokens, or the first token (`"cls"`); of images also `"max"`, a
-        soft maximum over the patches, which lets a small lesion count as much as a large one. Under mean and
-        max pooling the projected patches lie in the same space as the texts, which is what text-to-patch attention
-        rests on.
+        What is projected: `"mean"` of the patch (text) tokens, the first token (`"cls"`), or what the tower's own
+        `"pooler"` gives, as in VisionTextDualEncoderModel; of images also `"max"`, a soft maximum over the patches,
+        which lets a small lesion count as much as a large one. Under mean and max pooling the projected
+        patches lie in the same space as the texts, which is what text-to-patch attention rests on.
+    patch_positions (`bool`, *optional*, defaults to `False`):
+        Add learned positions to the patch tokens. For towers that have none of their own, such as ResNet and ConvNeXt,
+        which otherwise hardly tell left from right.
     logit_scale_init_value (`float`, *optional*, defaults to 2.6592):
         Initial log of the inverse temperature, ln(1 / 0.07) as in CLIP. Clamped at ln(100) in the forward.
     decoder_hidden_size, decoder_num_layers, decoder_num_heads (`int`, *optional*, defaults to 384, 2 and 6):
         Size of the AttMIM and EntMLM decoders.
+    contrastive_loss (`str`, *optional*, defaults to `"softmax"`):
+        `"softmax"` as in CLIP, `"sigmoid"` of each pair by itself as in SigLIP, with a bias that is learned.
+    contrastive_targets (`str`, *optional*, defaults to `"text"`):
+        What makes a row of the softmax a positive of another: an equal text, or (`"labels"`) softly, as in MedCLIP, the
+        likeness of their labels.
+    label_temperature (`float`, *optional*, defaults to 1.0):
+        Of the softmax over likenesses of labels that `contrastive_targets="labels"` takes as target.
+    logit_bias_init_value (`float`, *optional*, defaults to -10.0):
+        Initial bias of the sigmoid loss.
     mim_masking (`str`, *optional*, defaults to `"attention"`):
         `"attention"` hides the patches that answer the text most, `"random"` any patches.
+    mim_attention (`str`, *optional*, defaults to `"similarity"`):
+        What that answer is: `"similarity"` of projected patches and words, or the `"cross_attention"` of EntMLM.
+    mim_level (`str`, *optional*, defaults to `"feature"`):
+        `"feature"` hides patch tokens behind the tower, as the paper says; `"input"` hides pixels in front of it, as
+        MAE does, which takes a second pass through the tower.
+    mim_target (`str`, *optional*, defaults to `"pixel"`):
+        What is rebuilt: the normalised pixels of a patch, or its patch token (`"feature"`).
+    mim_text (`bool`, *optional*, defaults to `True`):
+        Rebuild with the help of the text. Without it AttMIM is a masked autoencoder.
     mim_mask_ratio (`float`, *optional*, defaults to 0.5):
         Share of the patches that AttMIM hides.
     mim_attended_share (`float`, *optional*, defaults to 0.9):
         Share of the hidden patches that comes from the more attended half of the image; the rest comes from the other
         half. 0.5 ignores the attention.
+    mim_row_ratio, mlm_row_ratio (`float`, *optional*, defaults to 1.0):
+        Share of the rows of a batch that AttMIM and EntMLM see, its first ones. What is saved buys more steps.
     contrastive_weight, mim_weight, mlm_weight, prompt_weight, local_weight (`float`, *optional*, defaults to 1.0):
         Factors of the image-text contrastive, AttMIM, EntMLM and disease-kind prompt losses in the total; the last is
         the prompt loss of single patches. At 0 the branch is neither built nor run.
@@ -105,13 +128,24 @@ class MMCLIPConfig(PretrainedConfig):
     projection_dim: int = 512
     image_pooling: str = "mean"
     text_pooling: str = "mean"
+    patch_positions: bool = False
     logit_scale_init_value: float | int = 2.6592
     decoder_hidden_size: int = 384
     decoder_num_layers: int = 2
     decoder_num_heads: int = 6
+    contrastive_loss: str = "softmax"
+    contrastive_targets: str = "text"
+    label_temperature: float | int = 1.0
+    logit_bias_init_value: float | int = -10.0
     mim_masking: str = "attention"
+    mim_attention: str = "similarity"
+    mim_level: str = "feature"
+    mim_target: str = "pixel"
+    mim_text: bool = True
     mim_mask_ratio: float | int = 0.5
     mim_attended_share: float | int = 0.9
+    mim_row_ratio: float | int = 1.0
+    mlm_row_ratio: float | int = 1.0
     contrastive_weight: float | int = 1.0
     mim_weight: float | int = 1.0
     mlm_weight: float | int = 1.0
@@ -145,16 +179,27 @@ class MMCLIPConfig(PretrainedConfig):
     def validate_choices(self):
         choices = {
             "vision_stem": ("patch", "convolution"),
-            "image_pooling": ("mean", "max", "cls"),
-            "text_pooling": ("mean", "cls"),
+            "image_pooling": ("mean", "max", "cls", "pooler"),
+            "text_pooling": ("mean", "cls", "pooler"),
+            "contrastive_loss": ("softmax", "sigmoid"),
+            "contrastive_targets": ("text", "labels"),
             "mim_masking": ("attention", "random"),
+            "mim_attention": ("similarity", "cross_attention"),
+            "mim_level": ("feature", "input"),
+            "mim_target": ("pixel", "feature"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, but is {getattr(self, name)!r}.")
+        if self.mim_attention == "cross_attention" and self.mlm_weight == 0:
+            raise ValueError("`mim_attention='cross_attention'` is that of EntMLM, so `mlm_weight` must be above 0.")
+        if self.contrastive_loss == "sigmoid" and self.contrastive_targets == "labels":
+            raise ValueError("`contrastive_targets='labels'` makes targets of a softmax; leave it out with 'sigmoid'.")
+        if self.label_temperature <= 0:
+            raise ValueError(f"`label_temperature` must be above 0, but is {self.label_temperature}.")
 
     def validate_shares(self):
-        for name in ("mim_mask_ratio", "mim_attended_share"):
+        for name in ("mim_mask_ratio", "mim_attended_share", "mim_row_ratio", "mlm_row_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is a share and must lie in [0, 1], but is {getattr(self, name)}.")
 

@@ -91,12 +91,24 @@ def _mean_over_processes(total: Tensor, count: Tensor) -> Tensor:
     return total / count.clamp(min=1 / _num_processes())
 
 
-def _cross_entropies(logits: Tensor, positives: Tensor) -> Tensor:
-    """Sum over rows of the cross-entropy against a uniform target over the row's positives; 0 for a row with none."""
-    num_positives = positives.sum(dim=-1)  # (R,)
+def _cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum over rows of the cross-entropy against `targets` >= 0, which are scaled to sum to 1; 0 for a row of zeros."""
     # masked_fill, not a product: a column that was set to -inf must not turn into NaN
-    log_likelihood = logits.log_softmax(dim=-1).masked_fill(~positives, 0.0).sum(dim=-1)
-    return -(log_likelihood / num_positives.clamp(min=1)).sum()
+    log_likelihood = logits.log_softmax(dim=-1).masked_fill(targets == 0, 0.0)
+    sums = targets.sum(dim=-1)
+    return -((log_likelihood * targets).sum(dim=-1) / torch.where(sums > 0, sums, 1)).sum()
+
+
+def label_likeness(labels: Tensor, others: Tensor, temperature: float) -> Tensor:
+    """exp(cosine / temperature) of rows of labels, (B, F) and (C, F) of 1, 0 and -100 (unknown) -> (B, C).
+
+    Scaled to sum to 1 it is the semantic target of MedCLIP (Wang et al. 2022), whose temperature is 1. Only what is
+    present counts; rows in which nothing is are like each other.
+    """
+    present, others = (F.pad((rows == 1).float(), (0, 1)) for rows in (labels, others))
+    for rows in (present, others):
+        rows[:, -1] = (rows.sum(dim=-1) == 0).float()
+    return (F.normalize(present, dim=-1) @ F.normalize(others, dim=-1).T / temperature).exp()
 
 
 def contrastive_loss(
@@ -107,6 +119,10 @@ def contrastive_loss(
     has_image: Tensor | None = None,
     sizes: list[int] | None = None,
     max_logits: int = 2**24,
+    *,
+    labels: Tensor | None = None,
+    label_temperature: float = 1.0,
+    logit_bias: Tensor | None = None,
 ) -> Tensor:
     """Symmetric image-text cross-entropy (CLIP, Radford et al. 2021) in which equal texts are mutual positives.
 
@@ -114,6 +130,10 @@ def contrastive_loss(
     log. Rows with the same number in `group_ids` (B,) have the same text; left out, each row is its own group. Rows
     that are False in `has_image` (B,) lend their text as a negative and take no other part. Returns a scalar: 0 with
     no image.
+
+    With `labels` (B, F) the targets are those of [`label_likeness`] instead. With a `logit_bias` each pair is told by
+    itself to be equal or not (SigLIP, Zhai et al. 2023): the sum over all texts of the binary cross-entropy, in the
+    mean over images.
 
     In a distributed run the rows of this process are scored against those of all processes (local loss), whose numbers
     of rows are `sizes`. A matrix of more than `max_logits` similarities is never held: it is made in chunks of rows,
@@ -131,16 +151,25 @@ def contrastive_loss(
         group_ids = all_groups if len(sizes) == 1 else all_groups.split(sizes)[torch.distributed.get_rank()]
     else:
         all_groups = gather_over_processes(group_ids, sizes)
+    all_labels = None if labels is None else gather_over_processes(labels, sizes)
 
-    def rows_against_all(images, texts, groups, is_shown, all_images, all_texts, logit_scale):
-        same_text = (groups[:, None] == all_groups[None, :]) & is_shown[:, None]  # (R, all)
-        image_to_text = _cross_entropies(logit_scale * images @ all_texts.T, same_text)
+    def rows_against_all(images, texts, groups, is_shown, labels, all_images, all_texts, logit_scale):
+        if all_labels is None:
+            targets = groups[:, None] == all_groups[None, :]  # (R, all)
+        else:
+            targets = label_likeness(labels, all_labels, label_temperature)
+        targets = targets * is_shown[:, None]
+        image_logits = logit_scale * images @ all_texts.T
+        if logit_bias is not None:
+            signs = torch.where(targets, 1.0, -1.0).to(images.dtype)
+            return -2 * (F.logsigmoid(signs * (image_logits + logit_bias)) * is_shown[:, None]).sum()
+        image_to_text = _cross_entropies(image_logits, targets)
         text_logits = (logit_scale * texts @ all_images.T).masked_fill(~all_has_image, -torch.inf)
         # a batch with no image at all would be a row of -inf: give such rows zeros, they have no positive anyway
         text_logits = torch.where(all_has_image.any(), text_logits, torch.zeros_like(text_logits))
-        return image_to_text + _cross_entropies(text_logits, same_text & all_has_image)
+        return image_to_text + _cross_entropies(text_logits, targets * all_has_image)
 
-    parts = [image_embeds, text_embeds, group_ids, has_image]
+    parts = [image_embeds, text_embeds, group_ids, has_image, image_embeds if labels is None else labels]
     everything = (all_images, all_texts, logit_scale)
     chunk_size = max(1, max_logits // max(len(all_images), 1))
     if num_rows <= chunk_size:
@@ -185,10 +214,17 @@ def finding_loss(logits: Tensor, labels: Tensor, sizes: list[int] | None = None)
     logits, labels = gather_over_processes(logits, sizes), gather_over_processes(labels, sizes)
     is_present, is_absent = labels == 1, labels == 0  # (B, F)
     is_pair = is_present[:, None, :] & is_absent[None, :, :]  # (B, B, F)
-    rank = (F.softplus(logits[None, :, :] - logits[:, None, :]) * is_pair).sum() / is_pair.sum().clamp(min=1)
-    present = (F.softplus(-logits) * is_present).sum() / is_present.sum().clamp(min=1)
-    absent = (F.softplus(logits) * is_absent).sum() / is_absent.sum().clamp(min=1)
+    ranks = F.softplus(logits[None, :, :] - logits[:, None, :])
+    rank = _mean_of_findings((ranks * is_pair).sum(dim=1), is_pair.sum(dim=1))
+    present = _mean_of_findings(F.softplus(-logits) * is_present, is_present)
+    absent = _mean_of_findings(F.softplus(logits) * is_absent, is_absent)
     return rank + (present + absent) / 4
+
+
+def _mean_of_findings(values: Tensor, counts: Tensor) -> Tensor:
+    """Sums (B, F) and what was summed (B, F) -> the mean of each finding, in the mean over those that have one."""
+    values, counts = values.sum(dim=0), counts.sum(dim=0)
+    return (values / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
 
 
 def masked_patch_loss(
@@ -224,9 +260,22 @@ def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
 
 
 def normalise_patches(patches: Tensor) -> Tensor:
-    """Each patch (last dimension) to mean 0 and variance 1, the target of MAE; a flat patch becomes zeros."""
+    """Each patch (last dimension) to mean 0 and variance 1, as the target of MAE; a flat patch becomes zeros."""
     mean, variance = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
     return (patches - mean) / (variance + 1e-6).sqrt()
+
+
+def hide_pixels(pixel_values: Tensor, bool_masked_pos: Tensor, patch_size: int) -> Tensor:
+    """(B, C, h * P, w * P) with zeros, a mid grey, in the patches that are True in (B, h * w)."""
+    columns = pixel_values.shape[-1] // patch_size
+    hidden = bool_masked_pos.unflatten(1, (-1, columns))
+    hidden = hidden.repeat_interleave(patch_size, dim=1).repeat_interleave(patch_size, dim=2)
+    return pixel_values.masked_fill(hidden[:, None], 0.0)
+
+
+def num_rebuilt_rows(ratio: float, num_rows: int) -> int:
+    """How many of the rows of a batch a head rebuilds, the first ones; at least one."""
+    return min(num_rows, max(1, round(ratio * num_rows)))
 
 
 def select_masked_patches(
@@ -290,6 +339,12 @@ class MMCLIPAttention(nn.Module):
         attended, _ = attend(self, query, key, value, attention_mask, scaling=self.head_size**-0.5, dropout=0.0)
         return self.out_proj(attended.flatten(2))
 
+    def weights(self, hidden_states: Tensor, memory: Tensor) -> Tensor:
+        """How much each of (B, Q, H) takes from each of (B, K, H): (B, Q, K), in the mean over heads."""
+        query, key = self.q_proj(hidden_states), self.k_proj(memory)
+        query, key = (tensor.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for tensor in (query, key))
+        return (query @ key.transpose(2, 3) * self.head_size**-0.5).softmax(dim=-1).mean(dim=1)
+
 
 class CrossModalLayer(GradientCheckpointingLayer):
     """Self-attention within one modality, cross-attention to the other, then an MLP; each pre-normalised, residual."""
@@ -307,6 +362,12 @@ class CrossModalLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.self_attention(normed, normed, self_mask)
         hidden_states = hidden_states + self.cross_attention(self.cross_norm(hidden_states), memory, cross_mask)
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+    def cross_weights(self, hidden_states: Tensor, memory: Tensor, self_mask=None) -> Tensor:
+        """The weights (B, L, K) of the cross-attention in the forward."""
+        normed = self.self_norm(hidden_states)
+        hidden_states = hidden_states + self.self_attention(normed, normed, self_mask)
+        return self.cross_attention.weights(self.cross_norm(hidden_states), memory)
 
 
 class CrossModalDecoder(nn.Module):
@@ -330,6 +391,14 @@ class CrossModalDecoder(nn.Module):
             hidden_states = layer(hidden_states, memory, self_mask, cross_mask)
         return self.norm(hidden_states)
 
+    def cross_weights(self, hidden_states, memory, attention_mask=None) -> Tensor:
+        """How much of each token of `memory` the last layer takes: (B, L, K), summing to 1 over them."""
+        memory = self.memory_norm(self.memory_projection(memory))
+        self_mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        for layer in self.layers[:-1]:
+            hidden_states = layer(hidden_states, memory, self_mask)
+        return self.layers[-1].cross_weights(hidden_states, memory, self_mask)
+
 
 class AttMIMHead(nn.Module):
     """Rebuild hidden patches from the visible patch tokens with the help of the text."""
@@ -337,12 +406,16 @@ class AttMIMHead(nn.Module):
     def __init__(self, config, image_size: int, text_size: int, num_patches: int, patch_values: int):
         super().__init__()
         self.decoder = CrossModalDecoder(config, image_size, text_size)
+        if not config.mim_text:
+            self.no_text_token = nn.Parameter(torch.zeros(1, 1, text_size))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_patches, config.decoder_hidden_size))
         self.prediction = nn.Linear(config.decoder_hidden_size, patch_values)
 
     def forward(self, patch_tokens, bool_masked_pos, text_tokens, attention_mask) -> Tensor:
-        """(B, N, H), (B, N), (B, T, H'), (B, T) -> predicted pixels (B, N, P * P * C)."""
+        """(B, N, H), (B, N), (B, T, H'), (B, T) -> predicted pixels (B, N, P * P * C), or whatever is the target."""
+        if not self.decoder.config.mim_text:
+            text_tokens, attention_mask = self.no_text_token.expand(len(patch_tokens), -1, -1), None
         visible = self.decoder.input_projection(patch_tokens)
         hidden_states = torch.where(bool_masked_pos[..., None], self.mask_token.to(visible.dtype), visible)
         hidden_states = hidden_states + self.position_embeddings
@@ -367,6 +440,10 @@ class EntMLMHead(nn.Module):
         # the vocabulary is the widest layer of all: only the masked words go through it
         decoded = decoded if is_masked is None else decoded[is_masked]
         return F.linear(self.transform(decoded), word_embeddings, self.bias)
+
+    def word_to_patch_attention(self, text_tokens, attention_mask, patch_tokens) -> Tensor:
+        """(B, T, H'), (B, T), (B, N, H) -> (B, T, N), summing to 1 over the patches."""
+        return self.decoder.cross_weights(self.decoder.input_projection(text_tokens), patch_tokens, attention_mask)
 
 
 # ------------------------------------------------------------------------------------------------------------- towers
@@ -399,6 +476,9 @@ class ConvolutionalStem(nn.Sequential):
         return self[0].weight
 
 
+# Groups of like length that the texts of a batch pass their tower in.
+NUM_LENGTHS = 4
+
 # Parameters that no patch token depends on: the norm of a pooled output, the token of the tower's own masked training.
 UNREAD_PARAMETERS = {
     "clip_vision_model": "post_layernorm.",
@@ -410,13 +490,13 @@ UNREAD_PARAMETERS = {
 }
 
 
-def _tower_kwargs(config) -> dict:
-    """Leave out the pooler of a tower that has one: MMCLIP never reads it, so its weights would get no gradient."""
+def _tower_kwargs(config, with_pooler: bool = False) -> dict:
+    """Leave out the pooler of a tower that has one, unless it is read: its weights would get no gradient."""
     tower_class = MODEL_MAPPING[type(config)]
     if isinstance(tower_class, (list, tuple)):
         tower_class = tower_class[0]
     takes_it = "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters
-    return {"add_pooling_layer": False} if takes_it else {}
+    return {"add_pooling_layer": with_pooler} if takes_it else {}
 
 
 def _find_patches(vision_config, image_size: int) -> tuple[int, int]:
@@ -574,12 +654,16 @@ class MMCLIPPreTrainedModel(PreTrainedModel):
         if isinstance(module, AttMIMHead):
             init.normal_(module.mask_token, std=self.config.initializer_range)
             init.normal_(module.position_embeddings, std=self.config.initializer_range)
+            if hasattr(module, "no_text_token"):
+                init.normal_(module.no_text_token, std=self.config.initializer_range)
         elif isinstance(module, EntMLMHead):
             init.zeros_(module.bias)
         elif isinstance(module, MMCLIPModel):
             init.normal_(module.visual_projection.weight, std=module.visual_projection.in_features**-0.5)
             init.normal_(module.text_projection.weight, std=module.text_projection.in_features**-0.5)
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+            if hasattr(module, "logit_bias"):
+                init.constant_(module.logit_bias, self.config.logit_bias_init_value)
             if hasattr(module, "no_image_token"):
                 init.normal_(module.no_image_token, std=self.config.initializer_range)
 
@@ -597,7 +681,8 @@ class MMCLIPPreTrainedModel(PreTrainedModel):
 
     def _freeze_unread(self):
         """Take out of training what no patch token depends on: distributed processes would wait for its gradient."""
-        if unread := UNREAD_PARAMETERS.get(self.config.vision_config.model_type):
+        unread = UNREAD_PARAMETERS.get(self.config.vision_config.model_type)
+        if unread and self.config.image_pooling != "pooler":
             for name, parameter in self.vision_model.named_parameters():
                 if name.startswith(unread):
                     parameter.requires_grad_(False)
@@ -623,8 +708,11 @@ class MMCLIPPreTrainedModel(PreTrainedModel):
         self.num_patches = (self.image_size // config.patch_size) ** 2
         sizes = getattr(vision_config, "hidden_sizes", None)
         self.vision_hidden_size = sizes[-1] if sizes else vision_config.hidden_size
-        self.vision_model = AutoModel.from_config(vision_config, **_tower_kwargs(vision_config))
+        with_pooler = config.image_pooling == "pooler"
+        self.vision_model = AutoModel.from_config(vision_config, **_tower_kwargs(vision_config, with_pooler))
         self.vision_model.config = vision_config
+        if config.patch_positions:
+            self.patch_position_embeddings = nn.Parameter(torch.zeros(1, self.num_patches, self.vision_hidden_size))
         self._freeze_unread()
         if config.vision_stem == "convolution":
             name, convolution = _first_convolution(self.vision_model)
@@ -661,13 +749,25 @@ class MMCLIPPreTrainedModel(PreTrainedModel):
         if hidden_states.dim() == 4:  # the cells of a feature map (B, H, h, w)
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         patch_tokens = hidden_states[:, -self.num_patches :]  # CLS and register tokens stand in front
+        if self.config.patch_positions:
+            patch_tokens = patch_tokens + self.patch_position_embeddings
         if self.config.image_pooling == "cls":
             pooled = hidden_states[:, 0]
+        elif self.config.image_pooling == "pooler":
+            pooled = _pooler_output(outputs, "image")
         elif self.config.image_pooling == "max":
             pooled = _soft_maximum(patch_tokens)
         else:
             pooled = patch_tokens.mean(dim=1)
         return pooled, patch_tokens, outputs
+
+
+def _pooler_output(outputs: ModelOutput, part: str) -> Tensor:
+    """(B, H) of a tower's own pooler."""
+    pooled = outputs.get("pooler_output")
+    if pooled is None:
+        raise ValueError(f"The {part} tower has no pooler; take `{part}_pooling='mean'` or 'cls'.")
+    return pooled.flatten(1)  # that of a ResNet is (B, H, 1, 1)
 
 
 def _soft_maximum(tokens: Tensor, sharpness: float = 4.0) -> Tensor:
@@ -723,11 +823,14 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
     def _add_towers(self):
         config = self.config
         self._add_vision_tower()
-        self.text_model = AutoModel.from_config(config.text_config, **_tower_kwargs(config.text_config))
+        with_pooler = config.text_pooling == "pooler"
+        self.text_model = AutoModel.from_config(config.text_config, **_tower_kwargs(config.text_config, with_pooler))
         self.text_model.config = config.text_config
         self.visual_projection = nn.Linear(self.vision_hidden_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        if config.contrastive_loss == "sigmoid":
+            self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias_init_value)))
         self._processor = None
         self._image_options, self._tokenizer_source = {}, None
 
@@ -745,8 +848,11 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
             )
         outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         text_tokens = outputs.last_hidden_state
-        is_mean = self.config.text_pooling == "mean"
-        return _masked_mean(text_tokens, attention_mask) if is_mean else text_tokens[:, 0], text_tokens, outputs
+        if self.config.text_pooling == "mean":
+            pooled = _masked_mean(text_tokens, attention_mask)
+        else:
+            pooled = _pooler_output(outputs, "text") if self.config.text_pooling == "pooler" else text_tokens[:, 0]
+        return pooled, text_tokens, outputs
 
     def project_image(self, pooled: Tensor) -> Tensor:
         """(..., H) -> (..., D), L2-normalised; takes pooled images and, under mean or max pooling, single patches."""
@@ -966,8 +1072,8 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
             near = difflib.get_close_matches(unknown[0], known, n=2)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
             raise TypeError(f"MMCLIPConfig has no field {', '.join(unknown)}.{hint}")
-        vision_config, vision_model = cls._pretrained_tower(vision, "vision")
-        text_config, text_model = cls._pretrained_tower(text, "text")
+        vision_config, vision_model = cls._pretrained_tower(vision, "vision", kwargs.get("image_pooling") == "pooler")
+        text_config, text_model = cls._pretrained_tower(text, "text", kwargs.get("text_pooling") == "pooler")
         if vision_model is not None and vision_config.num_channels != 1:
             if kwargs.get("vision_stem") != "convolution":  # which takes the place of the patch kernel
                 if vision_image_mean is None or vision_image_std is None:
@@ -990,16 +1096,20 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
         return model
 
     @staticmethod
-    def _pretrained_tower(source, part: str):
-        """`(config, tower)` of a name or folder; of a two-tower checkpoint such as CLIP, those of its `part`."""
+    def _pretrained_tower(source, part: str, with_pooler: bool = False):
+        """`(config, tower)` of a name or folder; of a two-tower checkpoint such as CLIP those of its `part`."""
         if not isinstance(source, (str, os.PathLike)):
             return source, None
         config = AutoConfig.from_pretrained(source)
+        if config.model_type == "mmclip":
+            tower = getattr(MMCLIPModel.from_pretrained(source), f"{part}_model").float()
+            return tower.config, tower
         config = getattr(config, f"{part}_config", None) or config
         if config.model_type.startswith("siglip"):
             config.vision_use_head = False  # as in MMCLIPConfig
         # in float32, as the parts that are new: a tower saved in half precision would not fit them
-        tower = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, **_tower_kwargs(config))
+        options = _tower_kwargs(config, with_pooler)
+        tower = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, **options)
         config.dtype = None
         return config, tower
 
@@ -1028,6 +1138,8 @@ class MMCLIPForPreTraining(MMCLIPModel):
         # a branch of weight 0 is not built: it costs no memory and no process waits for its gradient
         if config.mim_weight > 0:
             patch_values = self.patch_size**2 * config.vision_config.num_channels
+            if config.mim_target == "feature":
+                patch_values = self.vision_hidden_size
             self.mim_head = AttMIMHead(config, self.vision_hidden_size, text_size, self.num_patches, patch_values)
         if config.mlm_weight > 0:
             words = self.text_model.get_input_embeddings()
@@ -1133,16 +1245,19 @@ class MMCLIPForPreTraining(MMCLIPModel):
         """
         masks_words = self.config.mlm_weight > 0 and input_ids_masked is not None
         masked_text_tokens = None
+        if masks_words:
+            first = slice(num_rebuilt_rows(self.config.mlm_row_ratio, len(input_ids)))
+            input_ids_masked, masked_attention_mask = input_ids_masked[first], attention_mask[first]
         if masks_words and not (self.training and self._saves_memory):
-            texts, mask = torch.cat([input_ids, input_ids_masked]), torch.cat([attention_mask, attention_mask])
-            pooled_text, text_tokens, _ = self.encode_text(texts, mask)
-            text_tokens, masked_text_tokens = text_tokens.split(len(input_ids))
+            texts, mask = torch.cat([input_ids, input_ids_masked]), torch.cat([attention_mask, masked_attention_mask])
+            pooled_text, text_tokens = self._encode_by_length(texts, mask)
+            text_tokens, masked_text_tokens = text_tokens.split([len(input_ids), len(input_ids_masked)])
             pooled_text = pooled_text[: len(input_ids)]
         else:
-            pooled_text, text_tokens, _ = self.encode_text(input_ids, attention_mask)
+            pooled_text, text_tokens = self._encode_by_length(input_ids, attention_mask)
             if masks_words:
                 masked_text_tokens = self._in_parts(
-                    num_parts, lambda *texts: self.encode_text(*texts)[1], input_ids_masked, attention_mask
+                    num_parts, lambda *texts: self.encode_text(*texts)[1], input_ids_masked, masked_attention_mask
                 )
         # after the texts: in the backward it goes first, and its memory with it, before the text tower has gradients
         pooled_image, patch_tokens, _ = self.encode_image(pixel_values)  # (B, H), (B, N, H)
@@ -1153,6 +1268,24 @@ class MMCLIPForPreTraining(MMCLIPModel):
             text_tokens=text_tokens,
             masked_text_tokens=masked_text_tokens,
         )
+
+    def _encode_by_length(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled texts and text tokens of [`encode_text`] in groups, so that short texts go without much padding.
+
+        Prompts have a third of the words of a report, and reports differ as much among each other.
+        """
+        if len(input_ids) < NUM_LENGTHS or not attention_mask[:, 0].all():  # padded on the left
+            return self.encode_text(input_ids, attention_mask)[:2]
+        lengths = attention_mask.sum(dim=1)
+        order = lengths.argsort()
+        pooled, tokens = [], []
+        for rows in order.tensor_split(NUM_LENGTHS):
+            length = int(lengths[rows[-1]])
+            some_pooled, some_tokens, _ = self.encode_text(input_ids[rows, :length], attention_mask[rows, :length])
+            pooled.append(some_pooled)
+            tokens.append(F.pad(some_tokens, (0, 0, 0, input_ids.shape[1] - length)))
+        back = order.argsort()
+        return torch.cat(pooled)[back], torch.cat(tokens)[back]
 
     def rebuild(
         self,
@@ -1181,23 +1314,31 @@ class MMCLIPForPreTraining(MMCLIPModel):
         if config.mim_weight > 0:
             if bool_masked_pos is None:
                 bool_masked_pos = self._hide_patches(rebuilt.text_to_patch_attention, mim_noise)
-            rebuilt.bool_masked_pos = bool_masked_pos
+            first = slice(num_rebuilt_rows(config.mim_row_ratio, len(patch_tokens)))
+            rebuilt.bool_masked_pos = hidden = bool_masked_pos[first]
+            pixels, tokens = pixel_values[first], patch_tokens[first]
+            seen = tokens
+            if config.mim_level == "input":
+                seen = self.encode_image(hide_pixels(pixels, hidden, self.patch_size))[1]
             rebuilt.mim_logits = self._in_parts(
-                num_parts, self.mim_head, patch_tokens, bool_masked_pos, rows.text_tokens, attention_mask
+                num_parts, self.mim_head, seen, hidden, rows.text_tokens[first], attention_mask[first]
             )
-            targets = normalise_patches(patchify(pixel_values, self.patch_size))
+            targets = patchify(pixels, self.patch_size) if config.mim_target == "pixel" else tokens.detach()
             rebuilt.losses["mim"] = masked_patch_loss(
-                rebuilt.mim_logits, targets, bool_masked_pos & has_image[:, None], num_hidden_patches
+                rebuilt.mim_logits, normalise_patches(targets), hidden & has_image[first, None], num_hidden_patches
             )
         if rows.masked_text_tokens is not None:
-            seen = torch.where(has_image[:, None, None], patch_tokens, self.no_image_token.to(patch_tokens.dtype))
+            first = slice(len(rows.masked_text_tokens))
+            no_image = self.no_image_token.to(patch_tokens.dtype)
+            seen = torch.where(has_image[first, None, None], patch_tokens[first], no_image)
+            mlm_labels = None if mlm_labels is None else mlm_labels[first]
             is_masked = None if mlm_labels is None else mlm_labels != -100
             words = self.text_model.get_input_embeddings().weight
             rebuilt.mlm_logits = self._in_parts(
                 num_parts,
                 self.mlm_head,
                 rows.masked_text_tokens,
-                attention_mask,
+                attention_mask[first],
                 seen,
                 is_masked,
                 word_embeddings=words,
@@ -1239,8 +1380,17 @@ class MMCLIPForPreTraining(MMCLIPModel):
         """The losses that hold rows against each other, of all processes: contrastive and those of findings."""
         losses = {}
         if self.config.contrastive_weight > 0:
+            by_labels = self.config.contrastive_targets == "labels"
             losses["contrastive"] = contrastive_loss(
-                image_embeds, text_embeds, self.similarity_scale(), group_ids, has_image, sizes
+                image_embeds,
+                text_embeds,
+                self.similarity_scale(),
+                group_ids,
+                has_image,
+                sizes,
+                labels=prompt_labels if by_labels else None,
+                label_temperature=self.config.label_temperature,
+                logit_bias=getattr(self, "logit_bias", None),
             )
         for name, logits in finding_logits.items():
             losses[name] = finding_loss(logits, prompt_labels.masked_fill(~has_image[:, None], -100), sizes)
@@ -1254,6 +1404,8 @@ class MMCLIPForPreTraining(MMCLIPModel):
     def _entity_attention(self, patch_tokens, text_tokens, attention_mask, entity_mask=None) -> Tensor:
         """Text-to-patch attention (B, N) of the entity words of each text; it only chooses, so it has no gradient."""
         words = attention_mask if entity_mask is None else entity_mask
+        if self.config.mim_attention == "cross_attention":
+            return _masked_mean(self.mlm_head.word_to_patch_attention(text_tokens, attention_mask, patch_tokens), words)
         return self.attention_to_patches(patch_tokens, self.project_text(_masked_mean(text_tokens, words)))
 
     def _hide_patches(self, attention: Tensor, noise: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ command goes on where it stopped. table_steps.md has means and the paired differ
 """
 
 import argparse
+import functools
 import json
 import os
 import shlex
@@ -17,7 +18,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from MMCLIP.ablation.bench import Bench, load_bench, measured
+from MMCLIP.ablation.bench import Bench, load_bench, measured, write_folds
+from MMCLIP.ablation.costs import equal_steps, equal_time_steps, step_costs
 from MMCLIP.ablation.table import markdown_table, summarise
 from MMCLIP.evaluation import comparison
 from MMCLIP.evaluation.checkpoints import load_checkpoint
@@ -52,47 +54,62 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def steps_of_rows(bench: Bench, rows: list[str], budget: str, folder: Path) -> dict[str, int]:
-    """How long each row trains. Costs are measured once and kept, so that a bench that goes on has the same steps."""
+def steps_of_rows(bench: Bench, rows: list[str], budget: str, folder: Path, words: dict) -> dict[str, dict[str, int]]:
+    """How long each stage trains. Costs are measured once and kept, so that a bench that goes on has the same steps."""
     if budget == "steps":
-        return dict.fromkeys(rows, bench.steps)
-    from MMCLIP.ablation.costs import equal_time_steps, step_costs
-
+        return equal_steps(bench, rows)
     path = folder / "costs.json"
     costs = json.loads(path.read_text()) if path.exists() else {}
     if missing := [row for row in rows if row not in costs]:
-        found = step_costs(bench, list(dict.fromkeys([bench.reference, *missing])))
-        scale = costs.get(bench.reference, found[bench.reference]) / found[bench.reference]
-        costs = {row: cost * scale for row, cost in found.items()} | costs
+        found = step_costs(bench, list(dict.fromkeys([bench.reference, *missing])), words=words)
+        scale = costs.get(bench.reference, found[bench.reference])["main"] / found[bench.reference]["main"]
+        scaled = {row: {stage: cost * scale for stage, cost in stages.items()} for row, stages in found.items()}
+        costs = scaled | costs
         path.write_text(json.dumps(costs, indent=2) + "\n")
     return equal_time_steps(bench, {row: costs[row] for row in rows})
 
 
-def train(bench: Bench, row: str, seed: int, steps: int, folder: Path, args: argparse.Namespace) -> Path:
-    """The checkpoint of one run. One that was stopped goes on."""
-    command = [*shlex.split(args.launcher), str(HERE / "run_pretrain.py"), *bench.arguments(row, seed, steps)]
-    command += ["--output_dir", str(folder), "--resume_from_checkpoint", "last", "--disable_tqdm", "true"]
+def train(run: dict, folder: Path, args: argparse.Namespace, words: dict) -> Path:
+    """The checkpoint of one run, after its stages. One that was stopped goes on."""
     environment = dict(os.environ)
     if args.jobs > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"row {row!r}, seed {seed}: training failed, see {folder / 'log.txt'}")
+    tower: list[str] = []
+    for stage, arguments in run["arguments"].items():
+        place = folder if stage == "main" else folder / stage
+        arguments = [words.get(word, word) for word in arguments]
+        command = [*shlex.split(args.launcher), str(HERE / "run_pretrain.py"), *arguments, *tower]
+        command += ["--output_dir", str(place), "--resume_from_checkpoint", "last", "--disable_tqdm", "true"]
+        place.mkdir(parents=True, exist_ok=True)
+        with open(place / "log.txt", "a", encoding="utf-8") as log:
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        if done.returncode:
+            raise RuntimeError(f"row {run['row']!r}, seed {run['seed']}: training failed, see {place / 'log.txt'}")
+        tower = ["--vision_model_name_or_path", str(place / "checkpoint"), "--vision_config", "null"]
     return folder / "checkpoint"
 
 
-def earlier_runs(path: Path, arguments_of: dict[tuple[str, int], list[str]]) -> list[dict]:
+def earlier_runs(path: Path, planned: dict[tuple[str, int], dict]) -> list[dict]:
     """The lines of the results file. Raises ValueError for one that ran with other arguments than it would now."""
     runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     for run in runs:
-        if run["arguments"] != arguments_of.get((run["row"], run["seed"]), run["arguments"]):
+        plan = planned.get((run["row"], run["seed"]), run)
+        if run["arguments"] != plan["arguments"]:
             raise ValueError(
                 f"{path}: row {run['row']!r}, seed {run['seed']} was run with other arguments than the bench has now. "
                 "Take another --output_dir, or delete its line."
             )
     return runs
+
+
+def plan(bench: Bench, rows: list[str], seeds: list[int], steps: dict) -> dict[tuple[str, int], dict]:
+    """(row, seed) -> what is known of each run before it, seed by seed, so that there is a whole table early."""
+    planned = {}
+    for seed in seeds:
+        for row in rows:
+            arguments = {stage: bench.arguments(row, seed, number, stage) for stage, number in steps[row].items()}
+            planned[row, seed] = {"row": row, "seed": seed, "steps": steps[row], "arguments": arguments}
+    return planned
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -103,34 +120,40 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [row for row in bench.rows if not args.rows or row in (*args.rows, bench.reference)]
     folder = args.output_dir / bench.name
     folder.mkdir(parents=True, exist_ok=True)
-    steps = steps_of_rows(bench, rows, args.budget, folder)
-    # seed by seed, so that there is a whole table early
-    arguments_of = {(row, seed): bench.arguments(row, seed, steps[row]) for seed in args.seeds for row in rows}
+    tables = write_folds(folder=folder / "folds", **bench.folds) if bench.folds else []
+
+    def words(seed: int) -> dict[str, str]:
+        return {"{fold}": str(tables[seed % len(tables)])} if tables else {}
+
+    steps = steps_of_rows(bench, rows, args.budget, folder, words(0))
+    planned = plan(bench, rows, args.seeds, steps)
     results_path = folder / f"results_{args.budget}.jsonl"
-    runs = earlier_runs(results_path, arguments_of)
-    missing = [key for key in arguments_of if key not in {(run["row"], run["seed"]) for run in runs}]
-    trial = comparison.load_trial(protocol(bench.protocol), bench.place) if missing else None
+    runs = earlier_runs(results_path, planned)
+    missing = [key for key in planned if key not in {(run["row"], run["seed"]) for run in runs}]
     options = comparison.Options(num_bootstrap=0, fractions=bench.fractions)
+    load_trial = functools.cache(lambda place: comparison.load_trial(protocol(bench.protocol), place))
 
     def trained(key: tuple[str, int]) -> Path:
         row, seed = key
-        return train(bench, row, seed, steps[row], folder / args.budget / f"{row}-{seed}", args)
+        return train(planned[key], folder / args.budget / f"{row}-{seed}", args, words(seed))
 
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = {pool.submit(trained, key): key for key in missing}
         try:
             for future in as_completed(futures):
-                row, seed = futures[future]
+                run = planned[futures[future]]
+                trial = load_trial(words(run["seed"]).get(bench.place, bench.place))
                 outcome = comparison.evaluate_model(*load_checkpoint(str(future.result()), None), trial, options)
                 numbers = {name: measured(outcome.results, path) for name, path in bench.measures.items()}
-                run = {"row": row, "seed": seed, "steps": steps[row], "measures": numbers}
-                runs.append(run | {"arguments": arguments_of[row, seed]})
+                runs.append({**run, "measures": numbers})
                 with open(results_path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(runs[-1]) + "\n")
-                print(f"{len(runs)} runs; {row}, seed {seed}, {steps[row]} steps: {numbers}", flush=True)
+                print(
+                    f"{len(runs)} runs; {run['row']}, seed {run['seed']}, steps {run['steps']}: {numbers}", flush=True
+                )
                 if not args.keep_checkpoints:
-                    for path in future.result().parent.glob("checkpoint*"):
-                        shutil.rmtree(path)
+                    for path in future.result().parent.rglob("checkpoint*"):
+                        shutil.rmtree(path, ignore_errors=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -1,5 +1,6 @@
 """Benches of ablations: what is read, how rows are compared, and a run that goes on where it stopped."""
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -8,8 +9,8 @@ import pytest
 import yaml
 from scipy import stats
 
-from MMCLIP.ablation.bench import load_bench, measured
-from MMCLIP.ablation.costs import equal_time_steps, step_costs
+from MMCLIP.ablation.bench import load_bench, measured, write_folds
+from MMCLIP.ablation.costs import equal_steps, equal_time_steps, step_costs
 from MMCLIP.ablation.table import markdown_table, paired_difference, summarise
 
 
@@ -105,13 +106,52 @@ def test_a_summary_pairs_rows_by_seed_and_leaves_out_what_is_not_known():
 
 def test_rows_of_equal_time_get_steps_by_what_a_step_costs(tmp_path):
     bench = load_bench(write(tmp_path, steps=100))
-    assert equal_time_steps(bench, {"plain": 1.0, "full": 2.0}) == {"plain": 100, "full": 50}
+    steps = equal_time_steps(bench, {"plain": {"main": 1.0}, "full": {"main": 2.0}})
+    assert steps == {"plain": {"main": 100}, "full": {"main": 50}}
+    assert equal_steps(bench, ["plain"]) == {"plain": {"main": 100}}
+
+
+def test_a_stage_before_the_other_takes_its_share_and_sets_its_own_keys(tmp_path):
+    staged = {"mlm_weight": 0, "first": {"share": 0.25, "contrastive_weight": 0, "learning_rate": 0.5}}
+    bench = load_bench(write(tmp_path, steps=100, rows={"plain": {}, "staged": staged}))
+    first, main = (bench.arguments("staged", 0, 7, stage) for stage in bench.stages("staged"))
+    assert "--mlm_weight" in first and "--mlm_weight" in main
+    assert "--learning_rate" in first and "--learning_rate" not in main and "--share" not in first + main
+    assert equal_steps(bench, ["staged"]) == {"staged": {"first": 25, "main": 75}}
+    costs = {"plain": {"main": 2.0}, "staged": {"first": 5.0, "main": 1.0}}
+    assert equal_time_steps(bench, costs)["staged"] == {"first": 10, "main": 150}
+    with pytest.raises(ValueError, match="`first` needs a `share`"):
+        load_bench(write(tmp_path, rows={"plain": {"first": {"mlm_weight": 0}}}))
+
+
+def test_folds_share_no_patient_hold_every_row_once_and_leave_other_splits_alone(tmp_path):
+    table = tmp_path / "table.csv"
+    lines = ["file,split,source,patient_id,text"]
+    for number in range(40):
+        split = "test" if number % 8 == 0 else "train"
+        lines.append(f'images/{number}.jpg,{split},{"a" if number < 30 else "b"},p{number // 2},"one, two"')
+    table.write_text("\n".join(lines) + "\n")
+    paths = write_folds(table, ["train"], 3, tmp_path / "folds")
+    tested = []
+    for path in paths:
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        parts = {split: [row for row in rows if row["split"] == split] for split in ("train", "test")}
+        assert len(rows) == 35 and len(parts["train"]) + len(parts["test"]) == 35
+        patients = [{(row["source"], row["patient_id"]) for row in part} for part in parts.values()]
+        assert not patients[0] & patients[1]
+        assert {row["source"] for row in parts["test"]} == {"a", "b"}
+        assert rows[0]["file"] == str(tmp_path / "images" / "1.jpg") and rows[0]["text"] == "one, two"
+        tested += [row["file"] for row in parts["test"]]
+    assert len(tested) == len(set(tested)) == 35
+    assert [path.read_text() for path in write_folds(table, ["train"], 3, tmp_path / "folds")] == [
+        path.read_text() for path in paths
+    ]
 
 
 @pytest.mark.slow
 def test_a_step_of_the_full_method_costs_more_than_one_without_its_heads(tmp_path):
     costs = step_costs(load_bench(write(tmp_path)), ["plain", "full"])
-    assert costs["full"] > costs["plain"] > 0
+    assert costs["full"]["main"] > costs["plain"]["main"] > 0
 
 
 @pytest.mark.slow
@@ -127,6 +167,10 @@ def test_a_bench_is_trained_measured_and_goes_on_where_it_stopped(tmp_path, caps
     run_ablation.main(command)
     assert results.read_text().startswith(first) and len(results.read_text().splitlines()) == 2
     assert "| full |" in capsys.readouterr().out
+    staged = {"first": {"share": 0.5, "mim_weight": 1, "contrastive_weight": 0, "mlm_weight": 0}}
+    run_ablation.main([write(tmp_path, rows={**BENCH["rows"], "staged": staged}), *command[1:]])
+    log = (tmp_path / "out" / "bench" / "steps" / "staged-0" / "log.txt").read_text()
+    assert json.loads(results.read_text().splitlines()[-1])["steps"] == {"first": 1, "main": 1}, log
     write(tmp_path, steps=3)
     with pytest.raises(ValueError, match="row 'plain', seed 0 was run with other arguments"):
         run_ablation.main(command)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
 from MMCLIP.data.augmentation import DRAWS, RadiographAugmentation
-from MMCLIP.data.collator import MMCLIPCollator, group_id
+from MMCLIP.data.collator import IGNORE, MMCLIPCollator, group_id
 from MMCLIP.text.entities import Entity, LexiconRecognizer, report_labels
 from MMCLIP.text.masking import MASKING_COUNTS
 
@@ -69,6 +69,7 @@ def sample(text, index=0, image=True, **fields):
         "entities": entities,
         "present": present,
         "absent": absent,
+        "sides": {},
         "sample_seed": (0, 0, index),
         **fields,
     }
@@ -428,6 +429,20 @@ def test_prompts_come_in_pairs_and_labels_are_one_zero_or_unknown():
         assert "effusion" in pieces(ids[2]) or "pleural" in pieces(ids[2])
         seen.add(tuple(positive))
     assert len(seen) > 2
+
+
+def test_side_prompts_follow_for_labels_that_have_sides_and_know_left_and_right_alone():
+    labels = ["pleural effusion", "cardiomegaly", "nodule"]
+    collator = MMCLIPCollator(processor(), 4, prompt_labels=labels, prompt_sides=True)
+    sides = [{"pleural effusion": "left"}, {"pleural effusion": "right", "nodule": "bilateral"}, {}]
+    batch = collator([sample("Effusion.", row, sides=known) for row, known in enumerate(sides)])
+    assert collator.side_labels == ("pleural effusion", "nodule")
+    assert batch["prompt_labels"][:, 3:].tolist() == [[1, IGNORE], [0, IGNORE], [IGNORE, IGNORE]]
+    texts = [pieces(ids) for ids in batch["prompt_input_ids"][6:]]
+    for left, right in (texts[:2], texts[2:]):
+        assert [pair for pair in zip(left, right, strict=True) if pair[0] != pair[1]] == [("left", "right")]
+    without = MMCLIPCollator(processor(), 4, prompt_labels=labels)([sample("Effusion.")])
+    assert without["prompt_labels"].shape == (1, 3)
 
 
 def test_mistakes_are_errors_when_the_collator_is_made():

@@ -12,6 +12,8 @@ from MMCLIP.modeling_mmclip import (
     contrastive_loss,
     finding_loss,
     fold_patch_convolution,
+    hide_pixels,
+    label_likeness,
     local_prompt_logits,
     masked_patch_loss,
     masked_token_loss,
@@ -21,7 +23,17 @@ from MMCLIP.modeling_mmclip import (
     select_masked_patches,
 )
 from PIL import Image
-from transformers import AutoConfig, AutoModel, BertConfig, BertModel, BertTokenizerFast, ViTConfig, ViTModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+    ViTConfig,
+    ViTModel,
+)
 
 
 ONE = torch.tensor(1.0)
@@ -63,6 +75,33 @@ def test_a_text_without_image_is_a_negative_for_images_and_nothing_else():
     assert loss.item() == pytest.approx((image_to_text + text_to_image) / 2)
 
 
+def test_soft_targets_are_the_likeness_of_labels():
+    labels = torch.tensor([[1.0, 1.0, 0.0], [1.0, -100.0, 0.0], [0.0, 0.0, -100.0], [0.0, 0.0, 0.0]])
+    half = math.exp(math.sqrt(0.5))  # one of two findings is shared
+    expected = torch.tensor(
+        [[math.e, half, 1, 1], [half, math.e, 1, 1], [1, 1, math.e, math.e], [1, 1, math.e, math.e]]
+    )
+    torch.testing.assert_close(label_likeness(labels, labels, 1.0), expected)
+    torch.testing.assert_close(label_likeness(labels, labels, 0.5), expected**2)
+    embeds, scale = torch.eye(4), torch.tensor(3.0)
+    targets = expected / expected.sum(dim=1, keepdim=True)
+    loss = contrastive_loss(embeds, embeds, scale, labels=labels)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(scale * embeds, targets))
+
+
+def test_the_sigmoid_loss_tells_each_pair_by_itself():
+    embeds = torch.eye(2)
+    loss = contrastive_loss(embeds, embeds, torch.tensor(3.0), logit_bias=torch.tensor(-1.0))
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)))  # own at 2, other at -1
+    # rows of one group are positives of each other, a row without an image is a negative alone
+    same = contrastive_loss(embeds, embeds, torch.tensor(3.0), torch.zeros(2), logit_bias=torch.tensor(-1.0))
+    assert same.item() == pytest.approx(math.log1p(math.exp(-2)) + math.log1p(math.exp(1)))
+    alone = contrastive_loss(
+        embeds, embeds, torch.tensor(3.0), None, torch.tensor([True, False]), logit_bias=torch.tensor(-1.0)
+    )
+    assert alone.item() == pytest.approx(loss.item())
+
+
 def test_contrastive_loss_of_a_batch_without_any_image_is_zero_with_zero_gradient():
     embeds = torch.eye(2).requires_grad_()
     loss = contrastive_loss(embeds, embeds, ONE, None, torch.tensor([False, False]))
@@ -88,6 +127,14 @@ def test_finding_loss_is_a_rank_part_and_a_balanced_sign_part():
     present = math.log1p(math.exp(-2))
     absent = (math.log1p(math.exp(1)) + math.log1p(math.exp(-1))) / 2
     assert finding_loss(logits, labels).item() == pytest.approx(rank + (present + absent) / 4, abs=1e-6)
+
+
+def test_every_finding_has_the_same_weight_in_the_finding_loss_however_rare_it_is():
+    rare = torch.tensor([[1.0], [0.0], [0.0]]), torch.tensor([[1.0], [0.0], [0.0]])
+    common = torch.tensor([[2.0], [-1.0], [3.0]]), torch.tensor([[1.0], [0.0], [1.0]])
+    unknown = torch.zeros(3, 1), torch.full((3, 1), -100.0)
+    logits, labels = (torch.cat(parts, dim=1) for parts in zip(rare, common, unknown, strict=True))
+    torch.testing.assert_close(finding_loss(logits, labels), (finding_loss(*rare) + finding_loss(*common)) / 2)
 
 
 def test_the_rank_part_does_not_reward_a_base_rate():
@@ -371,6 +418,108 @@ def test_the_total_is_the_weighted_sum_of_its_parts(batch):
     torch.testing.assert_close(outputs.loss, total)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"contrastive_loss": "sigmoid"},
+        {"patch_positions": True},
+        {"text_pooling": "pooler", "image_pooling": "pooler"},
+        {"mim_text": False, "mim_level": "input"},
+        {"mim_target": "feature", "mim_attention": "cross_attention"},
+    ],
+    ids=str,
+)
+def test_what_an_option_adds_gets_a_gradient(fields, batch):
+    model = MMCLIPForPreTraining(tiny_config(**fields))
+    model(**batch).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_pixels_that_are_hidden_at_the_input_are_not_seen_by_the_decoder(batch):
+    pixels = torch.arange(16.0).view(1, 1, 4, 4) + 1
+    hidden = hide_pixels(pixels, torch.tensor([[True, False, False, True]]), 2)
+    assert hidden[0, 0].tolist() == [[0, 0, 3, 4], [0, 0, 7, 8], [9, 10, 0, 0], [13, 14, 0, 0]]
+    model = MMCLIPForPreTraining(tiny_config(mim_level="input")).eval()
+    batch |= {
+        "pixel_values": batch["pixel_values"].requires_grad_(),
+        "bool_masked_pos": torch.arange(16).expand(4, -1) < 8,
+    }
+    outputs = model(**batch)
+    outputs.mim_logits.sum().backward()
+    gradient = batch["pixel_values"].grad[0, 0]
+    assert not gradient[:16].any() and gradient[16:].any()
+    without_text = MMCLIPForPreTraining(tiny_config(mim_text=False)).eval()
+    one, other = (
+        without_text(**(batch | {"input_ids": ids})) for ids in (batch["input_ids"], batch["input_ids"].flip(1))
+    )
+    torch.testing.assert_close(one.mim_logits, other.mim_logits, rtol=0, atol=0)
+
+
+def test_heads_that_see_a_share_of_the_rows_see_the_first_ones(batch):
+    model = MMCLIPForPreTraining(tiny_config(mim_row_ratio=0.5, mlm_row_ratio=0.25)).eval()
+    outputs = model(**batch)
+    assert outputs.mim_logits.shape[0] == len(outputs.bool_masked_pos) == 2
+    assert len(outputs.mlm_logits) == 2  # both masked words of one row
+    model.config.mim_row_ratio = model.config.mlm_row_ratio = 1.0
+    few = {key: value[:2] for key, value in batch.items() if not key.startswith("prompt_")}
+    torch.testing.assert_close(outputs.loss_info["mim"], model(**few).loss_info["mim"])
+
+
+def test_texts_of_like_length_go_together_and_give_what_they_give_padded_to_the_longest():
+    torch.manual_seed(0)
+    model = MMCLIPForPreTraining(tiny_config()).eval()
+    input_ids = torch.randint(5, 100, (7, 20))
+    attention_mask = (torch.arange(20) < torch.tensor([[20], [3], [9], [3], [14], [2], [19]])).long()
+    seen = []
+    model.text_model.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    pooled, tokens = model._encode_by_length(input_ids, attention_mask)
+    assert [tuple(shape) for shape in seen] == [(2, 3), (2, 9), (2, 19), (1, 20)]
+    expected_pooled, expected_tokens, _ = model.encode_text(input_ids, attention_mask)
+    torch.testing.assert_close(pooled, expected_pooled)
+    mask = attention_mask.bool()
+    torch.testing.assert_close(tokens[mask], expected_tokens[mask])
+    assert tokens.isfinite().all()
+    padded_left = model._encode_by_length(input_ids, attention_mask.flip(1))
+    torch.testing.assert_close(padded_left[0], model.encode_text(input_ids, attention_mask.flip(1))[0])
+
+
+def test_under_the_towers_own_poolers_it_is_the_dual_encoder_of_transformers(batch):
+    off = dict.fromkeys(("mim_weight", "mlm_weight", "prompt_weight", "local_weight"), 0)
+    ours = MMCLIPForPreTraining(tiny_config(image_pooling="pooler", text_pooling="pooler", **off)).eval()
+    towers = ours.config.vision_config, ours.config.text_config
+    theirs = VisionTextDualEncoderModel(
+        VisionTextDualEncoderConfig.from_vision_text_configs(*towers, projection_dim=ours.config.projection_dim)
+    ).eval()
+    theirs.load_state_dict(ours.state_dict())
+    inputs = {key: batch[key][:3] for key in ("pixel_values", "input_ids", "attention_mask")}
+    found, expected = ours(**inputs), theirs(**inputs, return_loss=True)
+    torch.testing.assert_close(found.logits_per_image, expected.logits_per_image)
+    torch.testing.assert_close(found.loss, expected.loss)
+
+
+def test_patch_positions_are_added_to_the_patch_tokens(batch):
+    model = MMCLIPModel(tiny_config(patch_positions=True)).eval()
+    before = model.encode_image(batch["pixel_values"])[1]
+    with torch.no_grad():
+        model.patch_position_embeddings[0, 3] += 1
+    difference = model.encode_image(batch["pixel_values"])[1] - before
+    assert (
+        difference[:, 3].mean().item() == pytest.approx(1, abs=1e-5)
+        and difference.abs().sum(dim=(0, 2)).count_nonzero() == 1
+    )
+
+
+def test_the_tower_of_an_mmclip_checkpoint_is_taken_over(tmp_path):
+    saved = MMCLIPModel(tiny_config())
+    saved.save_pretrained(tmp_path)
+    text = tiny_config().text_config
+    model = MMCLIPModel.from_vision_text_pretrained(str(tmp_path), text, projection_dim=16)
+    for name, value in saved.vision_model.state_dict().items():
+        assert torch.equal(model.vision_model.state_dict()[name], value)
+
+
 def test_the_image_of_a_text_only_row_is_not_looked_at(batch):
     model = MMCLIPForPreTraining(tiny_config()).eval()
     changed = batch | {"pixel_values": batch["pixel_values"].clone()}
@@ -501,12 +650,25 @@ def test_a_tiny_batch_can_be_overfitted():
         {"decoder_num_layers": 1},
         {"decoder_num_heads": 3},
         {"initializer_range": 0.1},
+        {"image_pooling": "pooler"},
+        {"text_pooling": "pooler"},
+        {"contrastive_loss": "sigmoid"},
+        {"contrastive_loss": "sigmoid", "logit_bias_init_value": -5.0},
+        {"contrastive_targets": "labels"},
+        {"contrastive_targets": "labels", "label_temperature": 0.5},
+        {"mim_attention": "cross_attention"},
+        {"mim_level": "input"},
+        {"mim_target": "feature"},
+        {"mim_text": False},
+        {"mim_row_ratio": 0.5},
+        {"mlm_row_ratio": 0.5},
     ],
     ids=str,
 )
 def test_every_option_changes_the_loss(option, batch):
+    default = {key: value for key, value in option.items() if key in ("contrastive_loss", "contrastive_targets")}
     losses = []
-    for fields in ({}, option):
+    for fields in (default if len(option) > 1 else {}, option):
         torch.manual_seed(0)
         losses.append(MMCLIPForPreTraining(tiny_config(**fields)).eval()(**batch).loss.item())
     assert losses[0] != losses[1]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from MMCLIP.text.entities import Entity, LexiconRecognizer, report_labels
+from MMCLIP.text.entities import Entity, LexiconRecognizer, report_labels, report_sides
 from MMCLIP.text.reports import clean_report
 from MMCLIP.text.vocabulary import Concept
 
@@ -183,3 +183,22 @@ def test_normal_openi_reports_name_no_acute_finding(recognizer):
     texts = [clean_report(f"{r['findings']} {r['impression']}") for r in normal]
     wrong = [text for text in texts if acute & set(report_labels(recognizer(text))[0])]
     assert len(texts) > 1000 and len(wrong) < 0.005 * len(texts)
+
+
+@pytest.mark.parametrize(
+    "report, sides",
+    [
+        ("Small left pleural effusion.", {"pleural effusion": "left"}),
+        ("There is a RIGHT-sided pneumothorax. No left effusion.", {"pneumothorax": "right"}),
+        ("Nodular opacity in the right lung.", {"nodule": "right"}),  # of the broader label too
+        ("Left effusion and right pneumothorax.", {}),  # which is where?
+        ("Left effusion. Right effusion.", {}),
+        ("Bilateral effusions, left greater than right.", {}),
+        ("Possible left effusion.", {}),
+        ("Effusion. The left lung is clear.", {}),
+        ("Leftover contrast. Effusion.", {}),
+    ],
+)
+def test_a_side_is_told_by_a_sentence_that_names_one_finding_and_one_side(report, sides):
+    found = report_sides(report, LexiconRecognizer()(report))
+    assert {label: found[label] for label in found if label in ("pleural effusion", "pneumothorax", "nodule")} == sides

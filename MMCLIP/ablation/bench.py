@@ -1,10 +1,13 @@
 """A bench: a base config, what all its rows share, and what each of them changes. Read from YAML, see `load_bench`."""
 
+import csv
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+
+import numpy as np
 
 from ..evaluation.protocols import protocol
 from ..text.prompt_sets import read_yaml
@@ -19,6 +22,13 @@ class Bench:
     reference: the row that the others are compared with. protocol, place: what each checkpoint is evaluated on.
     seed_keys: keys that a run's seed is written to. measures: name -> path in the results of
     [`evaluate_model`][MMCLIP.evaluation.comparison], with "a|b" in it for the mean over a and b. rows: name -> keys.
+
+    A row may have `first: {share: 0.3, key: value, ...}`: a run before the other, whose vision tower that one begins
+    with. It differs by the further keys and takes `share` of the row's steps, or of its time.
+
+    folds: {table: FILE.csv, splits: [train, val], number: 5}: run number `seed` trains on all but one of as many parts
+    of the patients in those splits, and is evaluated on that part ([`write_folds`]). What is in no such split is never
+    read. The place `"{fold}"` and the same as a manifest stand for the table of a run.
     """
 
     name: str
@@ -32,15 +42,53 @@ class Bench:
     shared: Mapping = field(default_factory=dict)
     seed_keys: tuple[str, ...] = ("seed",)
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
+    folds: Mapping | None = None
 
-    def arguments(self, row: str, seed: int, steps: int) -> list[str]:
-        """What run_pretrain.py is called with, but for the output folder."""
-        keys = {**self.shared, **self.rows[row], "max_steps": steps, **dict.fromkeys(self.seed_keys, seed)}
+    def arguments(self, row: str, seed: int, steps: int, stage: str = "main") -> list[str]:
+        """What run_pretrain.py is called with, but for the output folder, and for the tower of an earlier stage."""
+        keys = {**self.shared, **self.rows[row]}
+        first = keys.pop("first", None)
+        if stage == "first":
+            keys |= {key: value for key, value in first.items() if key != "share"}
+        keys |= {"max_steps": steps, **dict.fromkeys(self.seed_keys, seed)}
         arguments = [self.base]
         for key, value in keys.items():
             values = value if isinstance(value, list) else [value]
             arguments += [f"--{key}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in values)]
         return arguments
+
+    def first_share(self, row: str) -> float:
+        """The share of a row that its first stage takes, 0 without one."""
+        return self.rows[row]["first"]["share"] if "first" in self.rows[row] else 0.0
+
+    def stages(self, row: str) -> tuple[str, ...]:
+        return ("first", "main") if "first" in self.rows[row] else ("main",)
+
+
+def write_folds(table: str | os.PathLike, splits: Sequence[str], number: int, folder: Path) -> list[Path]:
+    """Cross-validation: `number` CSV files, in each another part of the patients as split "test", the others "train".
+
+    Rows of `splits` alone, with their files by absolute paths. Parts are drawn by patient within each source, so that
+    each has its share of every source.
+    """
+    table = Path(table)
+    with open(table, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] in splits]
+    patients = sorted({(row["source"], row["patient_id"]) for row in rows})
+    order = np.random.default_rng(0).permutation(len(patients))
+    order = sorted(order, key=lambda index: patients[index][0])  # stable: drawn order within a source
+    part = {patients[index]: place % number for place, index in enumerate(order)}
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"fold_{fold}.csv" for fold in range(number)]
+    for fold, path in enumerate(paths):
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            for row in rows:
+                is_test = part[row["source"], row["patient_id"]] == fold
+                place = str((table.parent / row["file"]).resolve())
+                writer.writerow({**row, "file": place, "split": "test" if is_test else "train"})
+    return paths
 
 
 def load_bench(path: str | os.PathLike) -> Bench:
@@ -55,7 +103,7 @@ def load_bench(path: str | os.PathLike) -> Bench:
     known = {item.name: item for item in fields(Bench)}
     if unknown := sorted(set(entry) - set(known)):
         raise ValueError(f"{path}: unknown keys {unknown}, expected some of {', '.join(known)}.")
-    required = [name for name in known if name not in ("name", "shared", "seed_keys", "fractions")]
+    required = [name for name in known if name not in ("name", "shared", "seed_keys", "fractions", "folds")]
     if missing := [name for name in required if not entry.get(name)]:
         raise ValueError(f"{path}: {', '.join(missing)} must be given.")
     entry |= {name: tuple(entry[name]) for name in ("seed_keys", "fractions") if name in entry}
@@ -64,10 +112,16 @@ def load_bench(path: str | os.PathLike) -> Bench:
         raise ValueError(f"{path}: `reference` is {bench.reference!r}, expected one of {', '.join(bench.rows)}.")
     protocol(bench.protocol)
     for row in bench.rows:
-        try:
-            parse_run_config([*bench.arguments(row, 0, bench.steps), "--output_dir", "unused"])
-        except ValueError as error:
-            raise ValueError(f"{path}: row {row!r}: {error}") from error
+        if "first" in bench.rows[row] and not 0 < bench.rows[row]["first"].get("share", 0) < 1:
+            raise ValueError(f"{path}: row {row!r}: `first` needs a `share` between 0 and 1.")
+        for stage in bench.stages(row):
+            arguments = [word for word in bench.arguments(row, 0, bench.steps, stage)]
+            if bench.folds:  # its tables are not written yet
+                arguments = [bench.folds["table"] if word == "{fold}" else word for word in arguments]
+            try:
+                parse_run_config([*arguments, "--output_dir", "unused"])
+            except ValueError as error:
+                raise ValueError(f"{path}: row {row!r}: {error}") from error
     return bench
 
 

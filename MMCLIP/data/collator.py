@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..text.entities import Entity
 from ..text.masking import MASKING_COUNTS, TokenWords
-from ..text.prompts import negative_prompts, positive_prompts
+from ..text.prompts import attribute_nouns, has_side, negative_prompts, positive_prompts, statement
 from ..text.vocabulary import KINDS, LABEL_KINDS, canonical_label
 from .augmentation import RadiographAugmentation
 from .dataset import AUGMENTATION_STREAM, BATCH_STREAM, COLLATOR_STREAM, sample_generator
@@ -38,10 +38,11 @@ class MMCLIPCollator:
     | `entity_mask` | (B, T) bool, what the text says is there (see below) |
     | `group_ids` | (B,) int64, equal for texts that differ in case and blanks at most |
     | `mim_noise` | (B, N) uniform in [0, 1) |
-    | `prompt_input_ids`, `prompt_attention_mask` | (2F, Tp), rows 2f and 2f + 1 are label f's pair |
-    | `prompt_labels` | (B, F) 1 present, 0 absent, -100 unknown |
+    | `prompt_input_ids`, `prompt_attention_mask` | (2F, Tp), rows 2f and 2f + 1 are a pair of prompts |
+    | `prompt_labels` | (B, F) 1 where the first of the pair holds, 0 where the second does, -100 unknown |
 
-    The prompt keys exist only with `prompt_labels`; row 2f is the positive prompt. Whole entities are hidden, every
+    The prompt keys exist only with `prompt_labels`. First come "there is X" and "there is no X" of each; then, with
+    `prompt_sides`, "left X" and "right X" of those that have sides. Whole entities are hidden, every
     word piece of them, at least one in each text that has one; in a text without entities one whole word is.
     `entity_mask` marks the findings, diseases and devices that are present or uncertain, or all but the special tokens
     where a text has none. A text longer than `max_length` is cut, with one warning, and an entity not whole any more is
@@ -60,6 +61,7 @@ class MMCLIPCollator:
         mlm_cue_ratio: Share, in [0, 1], of the hidden entities with a cue that have it hidden too. One draw for each
             cue, so that entities that share it agree; the entities that are hidden do not depend on it.
         prompt_labels: Labels for which each batch carries a prompt pair.
+        prompt_sides: And a second one for their sides; unknown where a finding is on both sides or absent.
         max_length: Tokens of a text at most; the tokenizer's `model_max_length` when None.
         augmentation: What its draws are made for.
         for_trainer: Add `masking_counts` and `row_ids`.
@@ -74,6 +76,7 @@ class MMCLIPCollator:
         mlm_kinds: Sequence[str] = (),
         mlm_cue_ratio: float = 0.0,
         prompt_labels: Sequence[str] = (),
+        prompt_sides: bool = False,
         max_length: int | None = None,
         augmentation: RadiographAugmentation | None = None,
         for_trainer: bool = False,
@@ -117,6 +120,14 @@ class MMCLIPCollator:
         self.prompt_labels = tuple(canonical_label(label, where="prompt_labels") for label in prompt_labels)
         self._prompt_pairs = [
             list(zip(positive_prompts(label), negative_prompts(label), strict=True)) for label in self.prompt_labels
+        ]
+        self.side_labels = tuple(label for label in self.prompt_labels if prompt_sides and has_side(label))
+        self._prompt_pairs += [
+            [
+                tuple(map(statement, nouns))
+                for nouns in zip(*(attribute_nouns(label, side, None) for side in ("left", "right")), strict=True)
+            ]
+            for label in self.side_labels
         ]
 
     def __call__(self, samples: Sequence[dict]) -> dict[str, Tensor]:
@@ -248,13 +259,17 @@ class MMCLIPCollator:
         generator = sample_generator(samples[0]["sample_seed"], BATCH_STREAM)
         texts = [text for pairs in self._prompt_pairs for text in pairs[generator.integers(len(pairs))]]
         encoded, _ = self._tokenize(texts)
-        labels = torch.full((len(samples), len(self.prompt_labels)), float(IGNORE))
+        labels = torch.full((len(samples), len(self._prompt_pairs)), float(IGNORE))
         for row, sample in enumerate(samples):
             for column, label in enumerate(self.prompt_labels):
                 if label in sample["present"]:
                     labels[row, column] = 1.0
                 elif label in sample["absent"]:
                     labels[row, column] = 0.0
+            for column, label in enumerate(self.side_labels, len(self.prompt_labels)):
+                side = sample["sides"].get(label)
+                if side in ("left", "right"):
+                    labels[row, column] = float(side == "left")
         return {
             "prompt_input_ids": torch.from_numpy(encoded["input_ids"]),
             "prompt_attention_mask": torch.from_numpy(encoded["attention_mask"]),

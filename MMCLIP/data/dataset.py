@@ -9,7 +9,7 @@ import torch
 from transformers.utils import logging
 
 from ..image_processing_mmclip import load_grayscale
-from ..text.entities import Entity, LexiconRecognizer, Recognizer, report_labels
+from ..text.entities import Entity, LexiconRecognizer, Recognizer, report_labels, report_sides
 from ..text.prompts import has_side, sample_prompt
 from .manifest import ENTITIES
 
@@ -29,7 +29,8 @@ class MMCLIPDataset(torch.utils.data.Dataset):
     """Samples of a manifest, paired, unpaired and text-only rows alike.
 
     `dataset[i]` is a dict with `row_id`, `image` (PIL image of mode "L", None for a text-only row), `text`, `entities`
-    (list of `Entity` in `text`), `present` and `absent` (canonical labels), `sample_seed` (seed, epoch, i).
+    (list of `Entity` in `text`), `present` and `absent` (canonical labels), `sides` (present label -> "left", "right"
+    or "bilateral", where the report, or without one a mask or box, tells it), `sample_seed` (seed, epoch, i).
 
     A row with a report has that text, and by default the labels its report states. A row without one gets a
     disease-kind prompt written from its labels, with their sides where masks or boxes tell them, and drawn anew in each
@@ -117,6 +118,7 @@ class MMCLIPDataset(torch.utils.data.Dataset):
         if row["report"] is not None:
             text = row["report"]
             entities = _entities(row)
+            sides = report_sides(text, entities)
         else:
             sides = self._sides(index, row, image)
             text = self._prompt(row, sides, sample_generator(sample_seed, TEXT_STREAM))
@@ -129,6 +131,7 @@ class MMCLIPDataset(torch.utils.data.Dataset):
             "entities": entities,
             "present": present,
             "absent": absent,
+            "sides": sides,
             "sample_seed": sample_seed,
         }
 
@@ -142,21 +145,22 @@ class MMCLIPDataset(torch.utils.data.Dataset):
             absent += [label for label in row["absent"] if label not in said]
         return present, absent
 
-    def _sides(self, index: int, row: dict, image) -> dict[str, dict[str, str]]:
-        """What masks and boxes tell of the sides of present labels, as `attributes` of a prompt."""
+    def _sides(self, index: int, row: dict, image) -> dict[str, str]:
+        """What masks and boxes tell of the sides of present labels."""
         if image is None or not any(has_side(label) for label in row["present"]):
             return {}
         lesions = self._lesions[index]
         boxes = lesions.get("boxes") if lesions["view"] not in ("LATERAL", "OTHER") else ()
         sides = known_sides(lesions.get("masks") or (), boxes or (), image.width)
-        return {label: {"side": side} for label, side in sides.items() if label in row["present"] and has_side(label)}
+        return {label: side for label, side in sides.items() if label in row["present"] and has_side(label)}
 
-    def _prompt(self, row: dict, sides: dict, generator: np.random.Generator) -> str:
+    def _prompt(self, row: dict, sides: dict[str, str], generator: np.random.Generator) -> str:
+        attributes = {label: {"side": side} for label, side in sides.items()}
         if self.unpaired_texts == "label" and row["present"]:
             return ", ".join(row["present"])
         try:
             return sample_prompt(
-                row["present"], row["absent"], generator, max_negatives=self.max_negatives, attributes=sides
+                row["present"], row["absent"], generator, max_negatives=self.max_negatives, attributes=attributes
             )
         except ValueError as error:
             raise ValueError(f"row {row['row_id']!r}: {error}") from error

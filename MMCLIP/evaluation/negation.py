@@ -21,16 +21,13 @@ import numpy as np
 from torch import Tensor
 
 from ..data.dataset import known_sides
-from ..text.prompts import attribute_nouns, fill_template, has_side, negative_prompts, positive_prompts
+from ..text.prompts import attribute_nouns, has_side, negative_prompts, positive_prompts, statement
 from ..text.vocabulary import NO_FINDING
 from .bootstrap import count_patients, patient_numbers
 from .embeddings import EmbeddingCache, text_features
 from .grounding import image_size
 from .metrics import UNKNOWN, classification_metrics, percentile_interval, resample_patients
 from .zero_shot import patient_names
-
-
-SIDE_TEMPLATE = "There {is} {a_phrase}."  # the first of the statements in prompts.yaml
 
 
 class SideScores(NamedTuple):
@@ -134,8 +131,7 @@ def evaluate_side(
         for finding, side in found.items():
             target[labels.index(finding)] = int(side == "left")
     prompts = {
-        label: tuple(fill_template(SIDE_TEMPLATE, attribute_nouns(label, side, None)[0]) for side in ("left", "right"))
-        for label in labels
+        label: tuple(statement(attribute_nouns(label, side, None)[0]) for side in ("left", "right")) for label in labels
     }
     margins, _ = _margins(model, processor, image_embeds, prompts, cache)
     patients = patient_names(rows)

@@ -8,6 +8,7 @@ spaCy pipeline or Hugging Face model in its place. `load_recognizer` makes one b
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from .vocabulary import LABEL_KINDS, NO_FINDING, Concept, broader_labels, vocabu
 
 
 ALSO_WORDS = frozenset(("CAP", "COP", "DISH"))  # abbreviations that are words where all is written in capitals
+_SIDE_WORDS = re.compile(r"\b(left|right|bilateral(?:ly)?|both|bibasilar|bibasal|biapical)\b", re.IGNORECASE)
 LONGEST_SENTENCE = 250  # words; what is longer is no sentence, and the time of the rules grows with its square
 
 
@@ -218,6 +220,24 @@ def parse_labels(text: str | Mapping | None) -> dict[str, str | None]:
             f'recognizer_labels is {text!r}, expected a map such as {{"DISEASE": "disease", "AGE": null}}.'
         )
     return labels
+
+
+def report_sides(text: str, entities: Iterable[Entity]) -> dict[str, str]:
+    """Label -> "left" or "right", where a report says so and nothing else.
+
+    A sentence tells the side of a finding, disease or device that is present, if it names no other one and no other
+    side; and of its broader labels. One is left out where two sentences disagree. Left is the patient's.
+    """
+    concepts = vocabulary()
+    named = [entity for entity in entities if entity.kind in LABEL_KINDS and entity.concept in concepts]
+    found: dict[str, set[str]] = {}
+    for start, end in split_sentences(text):
+        sides = {match.lower() for match in _SIDE_WORDS.findall(text, start, end)}
+        inside = [entity for entity in named if start <= entity.start < end] if sides else ()
+        if len(inside) == 1 and inside[0].assertion == "present":
+            for label in broader_labels(inside[0].concept):
+                found.setdefault(label, set()).update(sides)
+    return {label: min(sides) for label, sides in found.items() if sides in ({"left"}, {"right"})}
 
 
 def report_labels(entities: Iterable[Entity]) -> tuple[list[str], list[str], list[str]]:

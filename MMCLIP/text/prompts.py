@@ -118,6 +118,11 @@ def fill_template(template: str, noun: Noun, **names: str) -> str:
     )
 
 
+def statement(noun: Noun) -> str:
+    """One noun phrase in the first of the statements: There is a left nodule."""
+    return fill_template(_WORDS["statements"]["finding"][0], noun)
+
+
 def positive_prompts(label: str) -> list[str]:
     """Every prompt that says the label is there; the first is "There is (a) <label>.".
 

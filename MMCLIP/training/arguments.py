@@ -36,15 +36,26 @@ class ModelArguments:
     text_config: str | None = _option("Fields of a new text tower, among them `model_type` (YAML map or JSON)")
     vision_stem: str | None = _option("patch or convolution")
     projection_dim: int | None = _option("Size of the shared space")
-    image_pooling: str | None = _option("mean, max or cls")
-    text_pooling: str | None = _option("mean or cls")
+    image_pooling: str | None = _option("mean, max, cls or pooler")
+    text_pooling: str | None = _option("mean, cls or pooler")
+    patch_positions: bool | None = _option("Learned positions on the patch tokens, for towers that have none")
     logit_scale_init_value: float | None = _option("Initial log of the inverse temperature")
     decoder_hidden_size: int | None = _option("Width of the AttMIM and EntMLM decoders")
     decoder_num_layers: int | None = _option("Their layers")
     decoder_num_heads: int | None = _option("Their attention heads")
+    contrastive_loss: str | None = _option("softmax or sigmoid")
+    contrastive_targets: str | None = _option("text, or labels for soft targets by likeness of labels")
+    label_temperature: float | None = _option("Temperature of those targets")
+    logit_bias_init_value: float | None = _option("Initial bias of the sigmoid loss")
     mim_masking: str | None = _option("attention or random")
+    mim_attention: str | None = _option("similarity or cross_attention")
+    mim_level: str | None = _option("feature or input")
+    mim_target: str | None = _option("pixel or feature")
+    mim_text: bool | None = _option("AttMIM sees the text")
     mim_mask_ratio: float | None = _option("Share of the patches that AttMIM hides")
     mim_attended_share: float | None = _option("Share of the hidden patches from the more attended half")
+    mim_row_ratio: float | None = _option("Share of a batch's rows that AttMIM sees")
+    mlm_row_ratio: float | None = _option("Share of a batch's rows that EntMLM sees")
     contrastive_weight: float | None = _option("Factor of the contrastive loss; 0 leaves the branch out")
     mim_weight: float | None = _option("Factor of the AttMIM loss; 0 leaves the branch out")
     mlm_weight: float | None = _option("Factor of the EntMLM loss; 0 leaves the branch out")
@@ -116,6 +127,11 @@ class DataArguments(AugmentationArguments):
         0.0,
     )
     prompt_labels: list[str] = _option("Findings of the prompt loss; `all`: those that are stated both ways", [])
+    prompt_sides: bool = _option(
+        "The prompt loss also holds `left X` against `right X`, for those of `prompt_labels` whose side a report, a "
+        "mask or a box tells",
+        False,
+    )
     validation_labels: list[str] = _option("Labels of the zero-shot validation; left out, all that can be scored", [])
 
     def __post_init__(self):
@@ -195,7 +211,7 @@ def _parse_json(value, name: str) -> dict | None:
         parsed = json.loads(value)
     except json.JSONDecodeError as error:
         raise ValueError(f"`{name}` must be a map, in YAML or as JSON, but is {value!r}: {error}.") from error
-    if not isinstance(parsed, dict):
+    if parsed is not None and not isinstance(parsed, dict):  # null takes back what a YAML file gives
         raise ValueError(f"`{name}` must be a map, but is {value!r}.")
     return parsed
 

@@ -142,7 +142,8 @@ def build_datasets(
     recognizer = load_recognizer(data.recognizer, parse_labels(data.recognizer_labels))
     dataset = MMCLIPDataset(train_rows, recognizer=recognizer, seed=seed)
     labels = ()
-    if model.config.prompt_weight > 0 or model.config.local_weight > 0:
+    config = model.config
+    if config.prompt_weight > 0 or config.local_weight > 0 or config.contrastive_targets == "labels":
         stated = label_counts(dataset)
         if data.prompt_labels == ["all"]:
             labels = tuple(sorted(label for label, (present, absent) in stated.items() if present and absent))
@@ -158,6 +159,7 @@ def build_datasets(
         mlm_kinds=data.mlm_kinds,
         mlm_cue_ratio=data.mlm_cue_ratio,
         prompt_labels=labels,
+        prompt_sides=data.prompt_sides,
         augmentation=augmentation,
         for_trainer=True,
     )

@@ -74,9 +74,6 @@ class MMCLIPConfig(PretrainedConfig):
         `"pooler"` gives, as in VisionTextDualEncoderModel; of images also `"max"`, a soft maximum over the patches,
         which lets a small lesion count as much as a large one. Under mean and max pooling the projected
         patches lie in the same space as the texts, which is what text-to-patch attention rests on.
-    patch_positions (`bool`, *optional*, defaults to `False`):
-        Add learned positions to the patch tokens. For towers that have none of their own, such as ResNet and ConvNeXt,
-        which otherwise hardly tell left from right.
     logit_scale_init_value (`float`, *optional*, defaults to 2.6592):
         Initial log of the inverse temperature, ln(1 / 0.07) as in CLIP. Clamped at ln(100) in the forward.
     decoder_hidden_size, decoder_num_layers, decoder_num_heads (`int`, *optional*, defaults to 384, 2 and 6):
@@ -128,7 +125,6 @@ class MMCLIPConfig(PretrainedConfig):
     projection_dim: int = 512
     image_pooling: str = "mean"
     text_pooling: str = "mean"
-    patch_positions: bool = False
     logit_scale_init_value: float | int = 2.6592
     decoder_hidden_size: int = 384
     decoder_num_layers: int = 2

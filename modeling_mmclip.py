@@ -214,17 +214,10 @@ def finding_loss(logits: Tensor, labels: Tensor, sizes: list[int] | None = None)
     logits, labels = gather_over_processes(logits, sizes), gather_over_processes(labels, sizes)
     is_present, is_absent = labels == 1, labels == 0  # (B, F)
     is_pair = is_present[:, None, :] & is_absent[None, :, :]  # (B, B, F)
-    ranks = F.softplus(logits[None, :, :] - logits[:, None, :])
-    rank = _mean_of_findings((ranks * is_pair).sum(dim=1), is_pair.sum(dim=1))
-    present = _mean_of_findings(F.softplus(-logits) * is_present, is_present)
-    absent = _mean_of_findings(F.softplus(logits) * is_absent, is_absent)
+    rank = (F.softplus(logits[None, :, :] - logits[:, None, :]) * is_pair).sum() / is_pair.sum().clamp(min=1)
+    present = (F.softplus(-logits) * is_present).sum() / is_present.sum().clamp(min=1)
+    absent = (F.softplus(logits) * is_absent).sum() / is_absent.sum().clamp(min=1)
     return rank + (present + absent) / 4
-
-
-def _mean_of_findings(values: Tensor, counts: Tensor) -> Tensor:
-    """Sums (B, F) and what was summed (B, F) -> the mean of each finding, in the mean over those that have one."""
-    values, counts = values.sum(dim=0), counts.sum(dim=0)
-    return (values / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
 
 
 def masked_patch_loss(
@@ -711,8 +704,6 @@ class MMCLIPPreTrainedModel(PreTrainedModel):
         with_pooler = config.image_pooling == "pooler"
         self.vision_model = AutoModel.from_config(vision_config, **_tower_kwargs(vision_config, with_pooler))
         self.vision_model.config = vision_config
-        if config.patch_positions:
-            self.patch_position_embeddings = nn.Parameter(torch.zeros(1, self.num_patches, self.vision_hidden_size))
         self._freeze_unread()
         if config.vision_stem == "convolution":
             name, convolution = _first_convolution(self.vision_model)
@@ -749,8 +740,6 @@ class MMCLIPPreTrainedModel(PreTrainedModel):
         if hidden_states.dim() == 4:  # the cells of a feature map (B, H, h, w)
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         patch_tokens = hidden_states[:, -self.num_patches :]  # CLS and register tokens stand in front
-        if self.config.patch_positions:
-            patch_tokens = patch_tokens + self.patch_position_embeddings
         if self.config.image_pooling == "cls":
             pooled = hidden_states[:, 0]
         elif self.config.image_pooling == "pooler":

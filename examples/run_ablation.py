@@ -4,7 +4,8 @@ python examples/run_ablation.py examples/configs/ablation_phantoms_unpaired.yaml
 python examples/run_ablation.py BENCH.yaml --output_dir X --rows full contrastive --seeds 0 1 2 --budget time --jobs 2
 
 Every run is a line of OUTPUT_DIR/NAME/results_steps.jsonl (or results_time.jsonl) as soon as it is measured; the same
-command goes on where it stopped. table_steps.md has means and the paired differences from the bench's reference row.
+command goes on where it stopped. table_steps.md has means and the paired differences from the bench's reference row,
+differences_steps.png and measures_steps.png draw them.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from MMCLIP.ablation.bench import Bench, load_bench, measured, write_folds
 from MMCLIP.ablation.costs import equal_steps, equal_time_steps, step_costs
+from MMCLIP.ablation.figures import draw_bench
 from MMCLIP.ablation.table import markdown_table, summarise
 from MMCLIP.evaluation import comparison
 from MMCLIP.evaluation.checkpoints import load_checkpoint
@@ -161,7 +163,9 @@ def main(arguments: list[str] | None = None) -> None:
     (folder / f"summary_{args.budget}.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     table = folder / f"table_{args.budget}.md"
     table.write_text(markdown_table(summary, list(bench.rows), list(bench.measures)), encoding="utf-8")
+    figures = draw_bench(runs, bench, args.budget, folder)
     print(f"{table.read_text(encoding='utf-8')}\ntable: {table}, runs: {results_path}")
+    print(f"figures: {', '.join(map(str, figures))}")
 
 
 if __name__ == "__main__":

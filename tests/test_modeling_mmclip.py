@@ -129,14 +129,6 @@ def test_finding_loss_is_a_rank_part_and_a_balanced_sign_part():
     assert finding_loss(logits, labels).item() == pytest.approx(rank + (present + absent) / 4, abs=1e-6)
 
 
-def test_every_finding_has_the_same_weight_in_the_finding_loss_however_rare_it_is():
-    rare = torch.tensor([[1.0], [0.0], [0.0]]), torch.tensor([[1.0], [0.0], [0.0]])
-    common = torch.tensor([[2.0], [-1.0], [3.0]]), torch.tensor([[1.0], [0.0], [1.0]])
-    unknown = torch.zeros(3, 1), torch.full((3, 1), -100.0)
-    logits, labels = (torch.cat(parts, dim=1) for parts in zip(rare, common, unknown, strict=True))
-    torch.testing.assert_close(finding_loss(logits, labels), (finding_loss(*rare) + finding_loss(*common)) / 2)
-
-
 def test_the_rank_part_does_not_reward_a_base_rate():
     labels = torch.tensor([[1.0], [0.0], [0.0], [0.0]])
     logits = torch.zeros(4, 1, requires_grad=True)
@@ -422,7 +414,6 @@ def test_the_total_is_the_weighted_sum_of_its_parts(batch):
     "fields",
     [
         {"contrastive_loss": "sigmoid"},
-        {"patch_positions": True},
         {"text_pooling": "pooler", "image_pooling": "pooler"},
         {"mim_text": False, "mim_level": "input"},
         {"mim_target": "feature", "mim_attention": "cross_attention"},
@@ -497,18 +488,6 @@ def test_under_the_towers_own_poolers_it_is_the_dual_encoder_of_transformers(bat
     found, expected = ours(**inputs), theirs(**inputs, return_loss=True)
     torch.testing.assert_close(found.logits_per_image, expected.logits_per_image)
     torch.testing.assert_close(found.loss, expected.loss)
-
-
-def test_patch_positions_are_added_to_the_patch_tokens(batch):
-    model = MMCLIPModel(tiny_config(patch_positions=True)).eval()
-    before = model.encode_image(batch["pixel_values"])[1]
-    with torch.no_grad():
-        model.patch_position_embeddings[0, 3] += 1
-    difference = model.encode_image(batch["pixel_values"])[1] - before
-    assert (
-        difference[:, 3].mean().item() == pytest.approx(1, abs=1e-5)
-        and difference.abs().sum(dim=(0, 2)).count_nonzero() == 1
-    )
 
 
 def test_the_tower_of_an_mmclip_checkpoint_is_taken_over(tmp_path):

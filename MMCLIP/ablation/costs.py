@@ -74,7 +74,11 @@ def _steps(bench: Bench, row: str, stage: str, words: dict[str, str]) -> Iterato
     while True:
         chosen = draws.choice(len(dataset), training_arguments.per_device_train_batch_size, replace=False)
         batch = collator([dataset[int(index)] for index in chosen])
-        loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
+        batch = {name: value.to(device) for name, value in batch.items()}
+        changes = batch.pop("augmentation_draws", None)
+        if changes is not None:
+            batch["pixel_values"] = collator.augmentation(batch["pixel_values"], changes, batch["has_image"])
+        loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

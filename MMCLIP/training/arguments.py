@@ -38,7 +38,6 @@ class ModelArguments:
     projection_dim: int | None = _option("Size of the shared space")
     image_pooling: str | None = _option("mean, max, cls or pooler")
     text_pooling: str | None = _option("mean, cls or pooler")
-    patch_positions: bool | None = _option("Learned positions on the patch tokens, for towers that have none")
     logit_scale_init_value: float | None = _option("Initial log of the inverse temperature")
     decoder_hidden_size: int | None = _option("Width of the AttMIM and EntMLM decoders")
     decoder_num_layers: int | None = _option("Their layers")

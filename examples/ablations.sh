@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Every ablation of RESULTS.md; what is there already is not run again. On a GPU take --jobs 1, and larger phantoms or a
+# larger base config for the same rows.
+# Usage: examples/ablations.sh [OUTPUT_DIR] [JOBS]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+output=${1:-outputs/ablations}
+jobs=${2:-2}
+python=${PYTHON:-python}
+
+# claims: five seeds at equal time and at equal steps
+claims=("plain clip" "clip, prompts as texts" siglip medclip "mae, then clip" "clip + AttMIM" "clip + EntMLM" "clip + both"
+    "clip + prompt losses" full "full, no AttMIM" "full, no EntMLM" "full, random patches" "full, random words")
+for budget in time steps; do
+    "$python" examples/run_ablation.py examples/configs/ablation_phantoms_unpaired.yaml --output_dir "$output" \
+        --budget "$budget" --jobs "$jobs" --rows "${claims[@]}"
+done
+# choices: every row, three seeds
+"$python" examples/run_ablation.py examples/configs/ablation_phantoms_unpaired.yaml --output_dir "$output" \
+    --budget time --jobs "$jobs" --seeds 0 1 2
+for bench in low mid; do
+    "$python" examples/run_ablation.py "examples/configs/ablation_phantoms_$bench.yaml" --output_dir "$output" \
+        --budget time --jobs "$jobs"
+done
+if [ -d ../shared/data/cxr-mini ]; then
+    "$python" examples/run_ablation.py examples/configs/ablation_cxr_mini.yaml --output_dir "$output" --budget time \
+        --jobs "$jobs"
+fi

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from scipy import stats
 
 from MMCLIP.ablation.bench import load_bench, measured, write_folds
@@ -171,6 +172,9 @@ def test_a_bench_is_trained_measured_and_goes_on_where_it_stopped(tmp_path, caps
     run_ablation.main([write(tmp_path, rows={**BENCH["rows"], "staged": staged}), *command[1:]])
     log = (tmp_path / "out" / "bench" / "steps" / "staged-0" / "log.txt").read_text()
     assert json.loads(results.read_text().splitlines()[-1])["steps"] == {"first": 1, "main": 1}, log
+    for name in ("differences_steps.png", "measures_steps.png"):
+        with Image.open(results.with_name(name)) as figure:
+            assert min(figure.size) > 100 and len(figure.convert("L").getcolors(256)) > 10
     write(tmp_path, steps=3)
     with pytest.raises(ValueError, match="row 'plain', seed 0 was run with other arguments"):
         run_ablation.main(command)

@@ -9,7 +9,7 @@ from .table import summarise
 
 def draw_bench(runs: Sequence[Mapping], bench: Bench, name: str, folder: Path) -> list[Path]:
     """`differences_NAME.png`: the first measure less that of the reference, with its interval and each seed;
-    `measures_NAME.png`: every measure of every row."""
+    `measures_NAME.png`: every measure of every row, mean and standard deviation over seeds."""
     summary = summarise(runs, list(bench.measures), bench.reference)
     rows = [row for row in bench.rows if row in summary]
     paths = [folder / f"differences_{name}.png", folder / f"measures_{name}.png"]

@@ -149,15 +149,15 @@ def contrastive_loss(
     if group_ids is None:
         all_groups = torch.arange(len(all_images), device=device)
         group_ids = all_groups if len(sizes) == 1 else all_groups.split(sizes)[torch.distributed.get_rank()]
-    else:
+    elif labels is None:
         all_groups = gather_over_processes(group_ids, sizes)
     all_labels = None if labels is None else gather_over_processes(labels, sizes)
 
-    def rows_against_all(images, texts, groups, is_shown, labels, all_images, all_texts, logit_scale):
+    def rows_against_all(images, texts, names, is_shown, all_images, all_texts, logit_scale):
         if all_labels is None:
-            targets = groups[:, None] == all_groups[None, :]  # (R, all)
+            targets = names[:, None] == all_groups[None, :]  # (R, all)
         else:
-            targets = label_likeness(labels, all_labels, label_temperature)
+            targets = label_likeness(names, all_labels, label_temperature)
         targets = targets * is_shown[:, None]
         image_logits = logit_scale * images @ all_texts.T
         if logit_bias is not None:
@@ -169,7 +169,7 @@ def contrastive_loss(
         text_logits = torch.where(all_has_image.any(), text_logits, torch.zeros_like(text_logits))
         return image_to_text + _cross_entropies(text_logits, targets * all_has_image)
 
-    parts = [image_embeds, text_embeds, group_ids, has_image, image_embeds if labels is None else labels]
+    parts = [image_embeds, text_embeds, group_ids if labels is None else labels, has_image]
     everything = (all_images, all_texts, logit_scale)
     chunk_size = max(1, max_logits // max(len(all_images), 1))
     if num_rows <= chunk_size:
@@ -1190,7 +1190,10 @@ class MMCLIPForPreTraining(MMCLIPModel):
             prompt_embeds = self.embed_prompts(prompt_input_ids, prompt_attention_mask)
         # the same in every process, as FSDP needs
         num_parts = max(min(4, *sizes), 1) if self.training and self._saves_memory else 1
-        rows = self.encode_rows(pixel_values, input_ids, attention_mask, input_ids_masked, num_parts)
+        num_lengths = min(NUM_LENGTHS, *sizes)
+        rows = self.encode_rows(
+            pixel_values, input_ids, attention_mask, input_ids_masked, num_parts=num_parts, num_lengths=num_lengths
+        )
         rebuilt = self.rebuild(
             rows,
             pixel_values,
@@ -1226,11 +1229,19 @@ class MMCLIPForPreTraining(MMCLIPModel):
         return any(getattr(module, "gradient_checkpointing", False) for module in self.text_model.modules())
 
     def encode_rows(
-        self, pixel_values, input_ids, attention_mask, input_ids_masked=None, num_parts: int = 1
+        self,
+        pixel_values,
+        input_ids,
+        attention_mask,
+        input_ids_masked=None,
+        *,
+        num_parts: int = 1,
+        num_lengths: int = NUM_LENGTHS,
     ) -> EncodedRows:
         """Both towers on the rows of a batch, whole and masked texts in one pass unless memory is to be saved.
 
-        The masked texts go through in `num_parts` parts, which is for gradient checkpointing.
+        The masked texts go through in `num_parts` parts, which is for gradient checkpointing, other texts in
+        `num_lengths` groups of like length.
         """
         masks_words = self.config.mlm_weight > 0 and input_ids_masked is not None
         masked_text_tokens = None
@@ -1239,11 +1250,11 @@ class MMCLIPForPreTraining(MMCLIPModel):
             input_ids_masked, masked_attention_mask = input_ids_masked[first], attention_mask[first]
         if masks_words and not (self.training and self._saves_memory):
             texts, mask = torch.cat([input_ids, input_ids_masked]), torch.cat([attention_mask, masked_attention_mask])
-            pooled_text, text_tokens = self._encode_by_length(texts, mask)
+            pooled_text, text_tokens = self._encode_by_length(texts, mask, num_lengths)
             text_tokens, masked_text_tokens = text_tokens.split([len(input_ids), len(input_ids_masked)])
             pooled_text = pooled_text[: len(input_ids)]
         else:
-            pooled_text, text_tokens = self._encode_by_length(input_ids, attention_mask)
+            pooled_text, text_tokens = self._encode_by_length(input_ids, attention_mask, num_lengths)
             if masks_words:
                 masked_text_tokens = self._in_parts(
                     num_parts, lambda *texts: self.encode_text(*texts)[1], input_ids_masked, masked_attention_mask
@@ -1258,18 +1269,20 @@ class MMCLIPForPreTraining(MMCLIPModel):
             masked_text_tokens=masked_text_tokens,
         )
 
-    def _encode_by_length(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled texts and text tokens of [`encode_text`] in groups, so that short texts go without much padding.
+    def _encode_by_length(self, input_ids: Tensor, attention_mask: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+        """Pooled texts and text tokens of [`encode_text`], in groups of like length: short texts have little padding.
 
         Prompts have a third of the words of a report, and reports differ as much among each other.
         """
-        if len(input_ids) < NUM_LENGTHS or not attention_mask[:, 0].all():  # padded on the left
+        num_groups = min(num_groups, len(input_ids))
+        if num_groups == 1 or not attention_mask[:, 0].all():  # padded on the left
             return self.encode_text(input_ids, attention_mask)[:2]
-        lengths = attention_mask.sum(dim=1)
-        order = lengths.argsort()
-        pooled, tokens = [], []
-        for rows in order.tensor_split(NUM_LENGTHS):
-            length = int(lengths[rows[-1]])
+        lengths, order = attention_mask.sum(dim=1).sort()
+        lengths = lengths.tolist()
+        pooled, tokens, end = [], [], 0
+        for rows in order.tensor_split(num_groups):
+            end += len(rows)
+            length = lengths[end - 1]
             some_pooled, some_tokens, _ = self.encode_text(input_ids[rows, :length], attention_mask[rows, :length])
             pooled.append(some_pooled)
             tokens.append(F.pad(some_tokens, (0, 0, 0, input_ids.shape[1] - length)))

@@ -102,7 +102,17 @@ def test_a_summary_pairs_rows_by_seed_and_leaves_out_what_is_not_known():
     assert summary["full"]["auroc"]["difference"] == pytest.approx(0.15) and summary["full"]["auroc"]["num_seeds"] == 2
     assert "side" not in summary["full"] and "difference" not in summary["plain"]["auroc"]
     table = markdown_table(summary, ["plain", "full", "not run"], ["auroc", "side"])
-    assert "| plain | 0.750 |  |" in table and "+0.150" in table and "not run" not in table
+    assert "| plain | 0.750 |  |  |  |" in table and "| full | 0.600 | +0.150 (-0.485 to +0.785) | 0.2 |" in table
+    assert "not run" not in table
+
+
+def test_a_measure_behind_the_first_is_marked_where_its_interval_excludes_zero():
+    def cell(*ci):
+        return {"mean": 0.5, "sd": 0.1, "difference": 0.1, "ci": list(ci) or None, "p_value": None}
+
+    summary = {"full": {"a": cell(), "b": cell(0.05, 0.2), "c": cell(-0.2, -0.1), "d": cell(-0.1, 0.2)}}
+    line = markdown_table(summary, ["full"], list("abcd")).splitlines()[-1]
+    assert line == "| full | 0.500 | +0.100 |  | 0.500 + | 0.500 - | 0.500 |"
 
 
 def test_rows_of_equal_time_get_steps_by_what_a_step_costs(tmp_path):
@@ -151,7 +161,8 @@ def test_folds_share_no_patient_hold_every_row_once_and_leave_other_splits_alone
 
 @pytest.mark.slow
 def test_a_step_of_the_full_method_costs_more_than_one_without_its_heads(tmp_path):
-    costs = step_costs(load_bench(write(tmp_path)), ["plain", "full"])
+    bench = load_bench(write(tmp_path, shared={**BENCH["shared"], "max_rotation": 5.0}))  # images are augmented too
+    costs = step_costs(bench, ["plain", "full"])
     assert costs["full"]["main"] > costs["plain"]["main"] > 0
 
 
@@ -178,3 +189,19 @@ def test_a_bench_is_trained_measured_and_goes_on_where_it_stopped(tmp_path, caps
     write(tmp_path, steps=3)
     with pytest.raises(ValueError, match="row 'plain', seed 0 was run with other arguments"):
         run_ablation.main(command)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "ablations").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_the_tables_in_the_results_are_those_of_the_runs(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    name, _, budget = path.stem.rpartition("_")
+    bench = load_bench(f"examples/configs/ablation_{name}.yaml")
+    runs = [json.loads(line) for line in path.read_text().splitlines()]
+    for run in runs:
+        assert run["row"] in bench.rows and run["measures"].keys() == bench.measures.keys()
+        for stage, steps in run["steps"].items():
+            assert run["arguments"][stage] == bench.arguments(run["row"], run["seed"], steps, stage)
+    table = markdown_table(
+        summarise(runs, list(bench.measures), bench.reference), list(bench.rows), list(bench.measures)
+    )
+    assert budget in ("time", "steps") and table in (ROOT / "RESULTS.md").read_text()

@@ -465,14 +465,14 @@ def test_texts_of_like_length_go_together_and_give_what_they_give_padded_to_the_
     model.text_model.register_forward_hook(
         lambda module, args, kwargs, output: seen.append(kwargs["input_ids"].shape), with_kwargs=True
     )
-    pooled, tokens = model._encode_by_length(input_ids, attention_mask)
+    pooled, tokens = model._encode_by_length(input_ids, attention_mask, 4)
     assert [tuple(shape) for shape in seen] == [(2, 3), (2, 9), (2, 19), (1, 20)]
     expected_pooled, expected_tokens, _ = model.encode_text(input_ids, attention_mask)
     torch.testing.assert_close(pooled, expected_pooled)
     mask = attention_mask.bool()
     torch.testing.assert_close(tokens[mask], expected_tokens[mask])
     assert tokens.isfinite().all()
-    padded_left = model._encode_by_length(input_ids, attention_mask.flip(1))
+    padded_left = model._encode_by_length(input_ids, attention_mask.flip(1), 4)
     torch.testing.assert_close(padded_left[0], model.encode_text(input_ids, attention_mask.flip(1))[0])
 
 

@@ -134,6 +134,10 @@ def test_a_value_that_cannot_be_is_a_value_error_that_names_its_key(parse, text,
         parse(text)
 
 
+def test_null_on_the_command_line_takes_back_the_tower_of_the_file(parse):
+    assert parse(VIT, "--vision_config", "null")[0].vision_config is None
+
+
 def test_a_file_that_does_not_exist_and_a_run_without_data_are_errors(tmp_path):
     with pytest.raises(ValueError, match="must be a YAML file that exists.*nowhere.yaml"):
         parse_run_config([str(tmp_path / "nowhere.yaml")])

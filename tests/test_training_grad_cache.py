@@ -57,6 +57,18 @@ def test_rows_that_pass_a_few_at_a_time_give_the_loss_and_the_gradient_of_the_wh
     assert min(values.abs().max() for values in expected.values()) > 0, "a part that takes no part proves nothing"
 
 
+def test_heads_that_see_a_share_of_the_rows_see_the_first_ones_of_each_part():
+    batch, fields = make_batch(), {"mim_row_ratio": 0.5, "mlm_row_ratio": 0.5}
+    order = [0, 2, 4, 6, 1, 3, 5]  # the first row of each part of two comes first
+    rows = {name: values[order] if len(values) == NUM_ROWS else values for name, values in batch.items()}
+    model, again = make_model(**fields), make_model(**fields)
+    loss, parts, expected = plain(model, rows)
+    found, found_parts = cached_backward(again, batch, 2)
+    torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-5)
+    assert_same(found_parts, parts)
+    assert_same(gradients(again), expected)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -48,20 +48,30 @@ def summarise(runs: Sequence[Mapping], measures: Sequence[str], reference: str) 
 
 
 def markdown_table(summary: Mapping, rows: Sequence[str], measures: Sequence[str]) -> str:
-    """A line for each row that was run: means, and below them the differences from the reference with intervals."""
-    lines = [f"| row | {' | '.join(measures)} |", f"| --- |{' --- |' * len(measures)}"]
+    """A line for each row that was run: the first measure with its difference from the reference, 95 % interval and
+    p-value, the others with + or - behind the mean where the interval of their difference lies above or below 0."""
+    first, *others = measures
+    lines = [f"| row | {first} | difference (95 %) | p | {' | '.join(others)}{' |' if others else ''}"]
+    lines.append("| --- |" + " --- |" * (3 + len(others)))
     for row in rows:
         if row in summary:
-            cells = [_cell(summary[row].get(name)) for name in measures]
+            cells = [*_first_cells(summary[row].get(first)), *(_cell(summary[row].get(name)) for name in others)]
             lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _first_cells(cell: Mapping | None) -> tuple[str, str, str]:
+    if cell is None:
+        return "", "", ""
+    if "difference" not in cell:
+        return f"{cell['mean']:.3f}", "", ""
+    interval = "" if cell["ci"] is None else f" ({cell['ci'][0]:+.3f} to {cell['ci'][1]:+.3f})"
+    p_value = "" if cell["p_value"] is None else f"{cell['p_value']:.1g}"
+    return f"{cell['mean']:.3f}", f"{cell['difference']:+.3f}{interval}", p_value
 
 
 def _cell(cell: Mapping | None) -> str:
     if cell is None:
         return ""
-    text = f"{cell['mean']:.3f}"
-    if "difference" in cell:
-        interval = "" if cell["ci"] is None else f" ({cell['ci'][0]:+.3f} to {cell['ci'][1]:+.3f})"
-        text += f", {cell['difference']:+.3f}{interval}"
-    return text
+    low, high = cell.get("ci") or (0, 0)
+    return f"{cell['mean']:.3f}" + (" +" if low > 0 else " -" if high < 0 else "")

@@ -4,6 +4,7 @@ GradCache (Gao et al. 2021). The contrastive loss and those of findings depend o
 which are small. A first pass makes them without a graph, the losses give their gradients, and a second pass makes them
 again, a few rows at a time, and sends these gradients through the towers. AttMIM and EntMLM see one row at a time and
 take their gradients in the second pass. The result is the gradient of the whole batch, not of an average of small ones.
+Where these two see a share of the rows, it is the first rows of each part, not of the whole batch.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from ..modeling_mmclip import MMCLIPForPreTraining, count_per_process, rows_per_process
+from ..modeling_mmclip import MMCLIPForPreTraining, count_per_process, num_rebuilt_rows, rows_per_process
 
 
 def cached_backward(
@@ -40,7 +41,7 @@ def cached_backward(
     if batch.get("mim_noise") is None:
         batch["mim_noise"] = torch.rand(len(pixel_values), model.num_patches, device=pixel_values.device)
     sizes = rows_per_process(len(pixel_values), pixel_values.device)
-    num_hidden = _num_hidden(model, batch)
+    num_hidden = _num_hidden(model, batch, chunk_size)
 
     prompt_embeds = prompt_leaf = None
     if prompts[0] is not None and (model.config.prompt_weight > 0 or model.config.local_weight > 0):
@@ -99,16 +100,22 @@ def cached_backward(
     return model.total_loss(losses), losses
 
 
-def _num_hidden(model: MMCLIPForPreTraining, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """How many patches and words the whole batch hides, which each chunk's sums are divided by."""
-    hidden = batch.get("bool_masked_pos")
-    if hidden is None:
-        patches = batch["has_image"].sum() * round(model.config.mim_mask_ratio * model.num_patches)
-    else:
-        patches = (hidden & batch["has_image"][:, None]).sum()
+def _num_hidden(model: MMCLIPForPreTraining, batch: Mapping[str, Tensor], chunk_size: int) -> dict[str, Tensor]:
+    """How many patches and words the whole batch hides in the rows that are rebuilt, by which sums are divided."""
+    config = model.config
+    patches = words = torch.zeros((), dtype=torch.int64, device=batch["pixel_values"].device)
+    for part in _chunks(batch, chunk_size):
+        num_rows = len(part["pixel_values"])
+        has_image = part["has_image"][: num_rebuilt_rows(config.mim_row_ratio, num_rows)]
+        if (hidden := part.get("bool_masked_pos")) is None:
+            patches = patches + has_image.sum() * round(config.mim_mask_ratio * model.num_patches)
+        else:
+            patches = patches + (hidden[: len(has_image)] & has_image[:, None]).sum()
+        if (labels := part.get("mlm_labels")) is not None:
+            words = words + (labels[: num_rebuilt_rows(config.mlm_row_ratio, num_rows)] != -100).sum()
     counts = {"num_hidden_patches": patches}
     if batch.get("mlm_labels") is not None:
-        counts["num_hidden_words"] = (batch["mlm_labels"] != -100).sum()
+        counts["num_hidden_words"] = words
     return {name: count_per_process(count) for name, count in counts.items()}
 
 

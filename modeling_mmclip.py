@@ -469,7 +469,7 @@ class ConvolutionalStem(nn.Sequential):
         return self[0].weight
 
 
-# Groups of like length that the texts of a batch pass their tower in.
+# Groups of like length that the texts of a batch pass their tower in, and parts that save memory.
 NUM_LENGTHS = 4
 
 # Parameters that no patch token depends on: the norm of a pooled output, the token of the tower's own masked training.
@@ -1188,9 +1188,8 @@ class MMCLIPForPreTraining(MMCLIPModel):
             # prompts are short: a pass of their own costs less than padding them to the length of a report; it is the
             # first, as then its gradients, which are as large as the tower, come when the others have left
             prompt_embeds = self.embed_prompts(prompt_input_ids, prompt_attention_mask)
-        # the same in every process, as FSDP needs
-        num_parts = max(min(4, *sizes), 1) if self.training and self._saves_memory else 1
-        num_lengths = min(NUM_LENGTHS, *sizes)
+        num_lengths = max(min(NUM_LENGTHS, *sizes), 1)  # the same in every process, as FSDP needs
+        num_parts = num_lengths if self.training and self._saves_memory else 1
         rows = self.encode_rows(
             pixel_values, input_ids, attention_mask, input_ids_masked, num_parts=num_parts, num_lengths=num_lengths
         )
@@ -1275,7 +1274,7 @@ class MMCLIPForPreTraining(MMCLIPModel):
         Prompts have a third of the words of a report, and reports differ as much among each other.
         """
         num_groups = min(num_groups, len(input_ids))
-        if num_groups == 1 or not attention_mask[:, 0].all():  # padded on the left
+        if num_groups <= 1 or not attention_mask[:, 0].all():  # padded on the left
             return self.encode_text(input_ids, attention_mask)[:2]
         lengths, order = attention_mask.sum(dim=1).sort()
         lengths = lengths.tolist()

@@ -19,7 +19,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from MMCLIP.ablation.bench import Bench, load_bench, measured, write_folds
+from MMCLIP.ablation.bench import Bench, load_bench, measured, with_table, write_folds
 from MMCLIP.ablation.costs import equal_steps, equal_time_steps, step_costs
 from MMCLIP.ablation.figures import draw_bench
 from MMCLIP.ablation.table import markdown_table, summarise
@@ -56,14 +56,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def steps_of_rows(bench: Bench, rows: list[str], budget: str, folder: Path, words: dict) -> dict[str, dict[str, int]]:
-    """How long each stage trains. Costs are measured once and kept, so that a bench that goes on has the same steps."""
+def steps_of_rows(bench: Bench, rows: list[str], budget: str, folder: Path, table: Path | None) -> dict:
+    """Row -> stage -> steps. Costs are measured once and kept, so that a bench that goes on has the same steps."""
     if budget == "steps":
         return equal_steps(bench, rows)
     path = folder / "costs.json"
     costs = json.loads(path.read_text()) if path.exists() else {}
     if missing := [row for row in rows if row not in costs]:
-        found = step_costs(bench, list(dict.fromkeys([bench.reference, *missing])), words=words)
+        found = step_costs(bench, list(dict.fromkeys([bench.reference, *missing])), table=table)
         scale = costs.get(bench.reference, found[bench.reference])["main"] / found[bench.reference]["main"]
         scaled = {row: {stage: cost * scale for stage, cost in stages.items()} for row, stages in found.items()}
         costs = scaled | costs
@@ -71,7 +71,7 @@ def steps_of_rows(bench: Bench, rows: list[str], budget: str, folder: Path, word
     return equal_time_steps(bench, {row: costs[row] for row in rows})
 
 
-def train(run: dict, folder: Path, args: argparse.Namespace, words: dict) -> Path:
+def train(run: dict, folder: Path, args: argparse.Namespace, table: Path | None) -> Path:
     """The checkpoint of one run, after its stages. One that was stopped goes on."""
     environment = dict(os.environ)
     if args.jobs > 1:
@@ -79,8 +79,7 @@ def train(run: dict, folder: Path, args: argparse.Namespace, words: dict) -> Pat
     tower: list[str] = []
     for stage, arguments in run["arguments"].items():
         place = folder if stage == "main" else folder / stage
-        arguments = [words.get(word, word) for word in arguments]
-        command = [*shlex.split(args.launcher), str(HERE / "run_pretrain.py"), *arguments, *tower]
+        command = [*shlex.split(args.launcher), str(HERE / "run_pretrain.py"), *with_table(arguments, table), *tower]
         command += ["--output_dir", str(place), "--resume_from_checkpoint", "last", "--disable_tqdm", "true"]
         place.mkdir(parents=True, exist_ok=True)
         with open(place / "log.txt", "a", encoding="utf-8") as log:
@@ -95,8 +94,7 @@ def earlier_runs(path: Path, planned: dict[tuple[str, int], dict]) -> list[dict]
     """The lines of the results file. Raises ValueError for one that ran with other arguments than it would now."""
     runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     for run in runs:
-        plan = planned.get((run["row"], run["seed"]), run)
-        if run["arguments"] != plan["arguments"]:
+        if run["arguments"] != planned.get((run["row"], run["seed"]), run)["arguments"]:
             raise ValueError(
                 f"{path}: row {run['row']!r}, seed {run['seed']} was run with other arguments than the bench has now. "
                 "Take another --output_dir, or delete its line."
@@ -124,28 +122,35 @@ def main(arguments: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tables = write_folds(folder=folder / "folds", **bench.folds) if bench.folds else []
 
-    def words(seed: int) -> dict[str, str]:
-        return {"{fold}": str(tables[seed % len(tables)])} if tables else {}
+    def table_of(seed: int) -> Path | None:
+        return tables[seed % len(tables)] if tables else None
 
-    steps = steps_of_rows(bench, rows, args.budget, folder, words(0))
+    steps = steps_of_rows(bench, rows, args.budget, folder, table_of(0))
     planned = plan(bench, rows, args.seeds, steps)
     results_path = folder / f"results_{args.budget}.jsonl"
     runs = earlier_runs(results_path, planned)
     missing = [key for key in planned if key not in {(run["row"], run["seed"]) for run in runs}]
     options = comparison.Options(num_bootstrap=0, fractions=bench.fractions)
-    load_trial = functools.cache(lambda place: comparison.load_trial(protocol(bench.protocol), place))
+
+    @functools.cache
+    def trial_of(seed: int) -> comparison.Trial:
+        (place,) = with_table([bench.place], table_of(seed))
+        return comparison.load_trial(protocol(bench.protocol), place)
+
+    if missing:
+        trial_of(missing[0][1])  # what is wrong with the data is said before anything is trained
 
     def trained(key: tuple[str, int]) -> Path:
         row, seed = key
-        return train(planned[key], folder / args.budget / f"{row}-{seed}", args, words(seed))
+        return train(planned[key], folder / args.budget / f"{row}-{seed}", args, table_of(seed))
 
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = {pool.submit(trained, key): key for key in missing}
         try:
             for future in as_completed(futures):
                 run = planned[futures[future]]
-                trial = load_trial(words(run["seed"]).get(bench.place, bench.place))
-                outcome = comparison.evaluate_model(*load_checkpoint(str(future.result()), None), trial, options)
+                model, processor = load_checkpoint(str(future.result()), None)
+                outcome = comparison.evaluate_model(model, processor, trial_of(run["seed"]), options)
                 numbers = {name: measured(outcome.results, path) for name, path in bench.measures.items()}
                 runs.append({**run, "measures": numbers})
                 with open(results_path, "a", encoding="utf-8") as file:
@@ -154,8 +159,9 @@ def main(arguments: list[str] | None = None) -> None:
                     f"{len(runs)} runs; {run['row']}, seed {run['seed']}, steps {run['steps']}: {numbers}", flush=True
                 )
                 if not args.keep_checkpoints:
-                    for path in future.result().parent.rglob("checkpoint*"):
-                        shutil.rmtree(path, ignore_errors=True)
+                    place = future.result().parent
+                    for path in (*place.glob("checkpoint*"), *place.glob("first/checkpoint*")):
+                        shutil.rmtree(path)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -163,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     (folder / f"summary_{args.budget}.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     table = folder / f"table_{args.budget}.md"
     table.write_text(markdown_table(summary, list(bench.rows), list(bench.measures)), encoding="utf-8")
-    figures = draw_bench(runs, bench, args.budget, folder)
+    figures = draw_bench(runs, summary, bench, args.budget, folder)
     print(f"{table.read_text(encoding='utf-8')}\ntable: {table}, runs: {results_path}")
     print(f"figures: {', '.join(map(str, figures))}")
 

@@ -125,7 +125,7 @@ def test_rows_of_equal_time_get_steps_by_what_a_step_costs(tmp_path):
 def test_a_stage_before_the_other_takes_its_share_and_sets_its_own_keys(tmp_path):
     staged = {"mlm_weight": 0, "first": {"share": 0.25, "contrastive_weight": 0, "learning_rate": 0.5}}
     bench = load_bench(write(tmp_path, steps=100, rows={"plain": {}, "staged": staged}))
-    first, main = (bench.arguments("staged", 0, 7, stage) for stage in bench.stages("staged"))
+    first, main = (bench.arguments("staged", 0, 7, stage) for stage in bench.shares("staged"))
     assert "--mlm_weight" in first and "--mlm_weight" in main
     assert "--learning_rate" in first and "--learning_rate" not in main and "--share" not in first + main
     assert equal_steps(bench, ["staged"]) == {"staged": {"first": 25, "main": 75}}

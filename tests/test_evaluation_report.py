@@ -79,7 +79,7 @@ def test_the_markdown_says_why_a_mean_has_no_interval(tmp_path, results):
 
 def test_the_roc_curve_is_straight_between_points_so_that_its_area_is_the_auroc(tmp_path, predictions, monkeypatch):
     drawn = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
     tied = predictions._replace(targets=np.array([[1, 1], [0, 1], [0, 1]]), margins=np.zeros((3, 2)))
     figures.plot_roc({"a": tied}, tmp_path)
     figures.plot_precision_recall({"a": tied}, tmp_path)

@@ -57,12 +57,17 @@ class Bench:
             arguments += [f"--{key}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in values)]
         return arguments
 
-    def first_share(self, row: str) -> float:
-        """The share of a row that its first stage takes, 0 without one."""
-        return self.rows[row]["first"]["share"] if "first" in self.rows[row] else 0.0
+    def shares(self, row: str) -> dict[str, float]:
+        """The stages of a row, in order, and the share of its steps or time that each takes."""
+        if "first" not in self.rows[row]:
+            return {"main": 1.0}
+        share = self.rows[row]["first"]["share"]
+        return {"first": share, "main": 1 - share}
 
-    def stages(self, row: str) -> tuple[str, ...]:
-        return ("first", "main") if "first" in self.rows[row] else ("main",)
+
+def with_table(arguments: Sequence[str], table: str | os.PathLike | None) -> list[str]:
+    """`arguments` with the table of a fold in the place of "{fold}"; without a table as they are."""
+    return [str(table) if word == "{fold}" and table is not None else word for word in arguments]
 
 
 def write_folds(table: str | os.PathLike, splits: Sequence[str], number: int, folder: Path) -> list[Path]:
@@ -114,10 +119,9 @@ def load_bench(path: str | os.PathLike) -> Bench:
     for row in bench.rows:
         if "first" in bench.rows[row] and not 0 < bench.rows[row]["first"].get("share", 0) < 1:
             raise ValueError(f"{path}: row {row!r}: `first` needs a `share` between 0 and 1.")
-        for stage in bench.stages(row):
-            arguments = [word for word in bench.arguments(row, 0, bench.steps, stage)]
-            if bench.folds:  # its tables are not written yet
-                arguments = [bench.folds["table"] if word == "{fold}" else word for word in arguments]
+        for stage in bench.shares(row):
+            table = bench.folds["table"] if bench.folds else None  # those of the folds are not written yet
+            arguments = with_table(bench.arguments(row, 0, bench.steps, stage), table)
             try:
                 parse_run_config([*arguments, "--output_dir", "unused"])
             except ValueError as error:

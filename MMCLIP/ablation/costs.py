@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,20 +11,20 @@ from transformers import set_seed
 
 from ..training.arguments import parse_run_config
 from ..training.building import build_datasets, build_model_and_processor, build_rows
-from .bench import Bench
+from .bench import Bench, with_table
 
 
 def step_costs(
-    bench: Bench, rows: Sequence[str], num_rounds: int = 7, words: dict[str, str] | None = None
+    bench: Bench, rows: Sequence[str], num_rounds: int = 7, table: Path | None = None
 ) -> dict[str, dict[str, float]]:
     """Row -> stage -> seconds of processor time of one step: reading, collating, forward, backward and optimiser.
 
     All take turns; the median of `num_rounds`. On a GPU the time of the clock, as the processor only waits there.
-    `words` replaces whole arguments, such as the table of a fold.
+    `table` is that of a fold, where the bench has folds.
     """
     on_gpu = torch.cuda.is_available()
     clock = time.perf_counter if on_gpu else time.process_time
-    steps = {(row, stage): _steps(bench, row, stage, words or {}) for row in rows for stage in bench.stages(row)}
+    steps = {(row, stage): _steps(bench, row, stage, table) for row in rows for stage in bench.shares(row)}
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for _ in range(num_rounds + 2):  # the first two warm up
         for key, step in steps.items():
@@ -32,34 +33,29 @@ def step_costs(
             if on_gpu:
                 torch.cuda.synchronize()
             seconds[key].append(clock() - start)
-    return {row: {stage: statistics.median(seconds[row, stage][2:]) for stage in bench.stages(row)} for row in rows}
+    return {row: {stage: statistics.median(seconds[row, stage][2:]) for stage in bench.shares(row)} for row in rows}
 
 
 def equal_steps(bench: Bench, rows: Sequence[str]) -> dict[str, dict[str, int]]:
     """Row -> stage -> steps, `bench.steps` in all."""
-    first = {row: round(bench.first_share(row) * bench.steps) for row in rows}
-    return {row: _split(bench, row, {"first": first[row], "main": bench.steps - first[row]}) for row in rows}
+    steps = {row: {stage: round(share * bench.steps) for stage, share in bench.shares(row).items()} for row in rows}
+    for stages in steps.values():
+        stages["main"] = bench.steps - stages.get("first", 0)
+    return steps
 
 
 def equal_time_steps(bench: Bench, costs: dict[str, dict[str, float]]) -> dict[str, dict[str, int]]:
     """Row -> stage -> steps that take as long as `bench.steps` of the reference row, at least one."""
     seconds = bench.steps * costs[bench.reference]["main"]
-    steps = {}
-    for row, cost in costs.items():
-        share = bench.first_share(row)
-        parts = {"first": share * seconds, "main": (1 - share) * seconds}
-        steps[row] = _split(bench, row, {stage: max(1, round(parts[stage] / cost[stage])) for stage in cost})
-    return steps
+    return {
+        row: {stage: max(1, round(share * seconds / costs[row][stage])) for stage, share in bench.shares(row).items()}
+        for row in costs
+    }
 
 
-def _split(bench: Bench, row: str, steps: dict[str, int]) -> dict[str, int]:
-    return {stage: steps[stage] for stage in bench.stages(row)}
-
-
-def _steps(bench: Bench, row: str, stage: str, words: dict[str, str]) -> Iterator[None]:
+def _steps(bench: Bench, row: str, stage: str, table: Path | None) -> Iterator[None]:
     """Training steps of a row without end."""
-    arguments = [words.get(word, word) for word in bench.arguments(row, 0, bench.steps, stage)]
-    arguments += ["--output_dir", "unused"]
+    arguments = with_table(bench.arguments(row, 0, bench.steps, stage), table) + ["--output_dir", "unused"]
     model_arguments, data_arguments, training_arguments = parse_run_config(arguments)
     set_seed(0)
     model, processor = build_model_and_processor(model_arguments, data_arguments)

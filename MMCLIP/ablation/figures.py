@@ -3,33 +3,25 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..evaluation.figures import save_figure, subplots
 from .bench import Bench
-from .table import summarise
 
 
-def draw_bench(runs: Sequence[Mapping], bench: Bench, name: str, folder: Path) -> list[Path]:
+def draw_bench(runs: Sequence[Mapping], summary: Mapping, bench: Bench, name: str, folder: Path) -> list[Path]:
     """`differences_NAME.png`: the first measure less that of the reference, with its interval and each seed;
-    `measures_NAME.png`: every measure of every row, mean and standard deviation over seeds."""
-    summary = summarise(runs, list(bench.measures), bench.reference)
+    `measures_NAME.png`: every measure of every row, mean and standard deviation over seeds. `summary` is that of `runs`
+    by [`summarise`][MMCLIP.ablation.table]."""
     rows = [row for row in bench.rows if row in summary]
-    paths = [folder / f"differences_{name}.png", folder / f"measures_{name}.png"]
-    measure = next(iter(bench.measures))
-    _draw_differences(
-        runs, summary, [row for row in rows if row != bench.reference], bench.reference, measure, paths[0]
-    )
-    _draw_measures(summary, rows, list(bench.measures), paths[1])
-    return paths
+    others = [row for row in rows if row != bench.reference]
+    measures = list(bench.measures)
+    return [
+        _draw_differences(runs, summary, others, bench.reference, measures[0], folder / f"differences_{name}.png"),
+        _draw_measures(summary, rows, measures, folder / f"measures_{name}.png"),
+    ]
 
 
-def _figure(num_rows: int, num_columns: int, width: float, height: float):
-    from matplotlib.figure import Figure  # takes a second; drawn without pyplot, so no backend and no display
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(num_rows, num_columns, squeeze=False, sharey=True)[0]
-
-
-def _draw_differences(runs, summary, rows, reference: str, measure: str, path: Path) -> None:
-    figure, (axis,) = _figure(1, 1, 7, 0.8 + 0.34 * len(rows))
+def _draw_differences(runs, summary, rows, reference: str, measure: str, path: Path) -> Path:
+    figure, ((axis,),) = subplots(1, 1, 7, 0.8 + 0.34 * len(rows))
     known = {(run["row"], run["seed"]): run["measures"].get(measure) for run in runs}
     for place, row in enumerate(rows):
         cell = summary[row].get(measure, {})
@@ -45,11 +37,11 @@ def _draw_differences(runs, summary, rows, reference: str, measure: str, path: P
     axis.set_yticks(range(len(rows)), rows)
     axis.invert_yaxis()
     axis.set_xlabel(f"{measure} less that of {reference!r}: mean, 95 % interval, and each seed")
-    figure.savefig(path, dpi=120)
+    return save_figure(figure, path)
 
 
-def _draw_measures(summary, rows, measures: Sequence[str], path: Path) -> None:
-    figure, axes = _figure(1, len(measures), 1.2 + 1.5 * len(measures), 0.9 + 0.3 * len(rows))
+def _draw_measures(summary, rows, measures: Sequence[str], path: Path) -> Path:
+    figure, (axes,) = subplots(1, len(measures), 1.6, 0.9 + 0.3 * len(rows), sharey=True)
     for axis, measure in zip(axes, measures, strict=True):
         for place, row in enumerate(rows):
             if cell := summary[row].get(measure):
@@ -61,4 +53,4 @@ def _draw_measures(summary, rows, measures: Sequence[str], path: Path) -> None:
         axis.tick_params(labelsize=8)
     axes[0].set_yticks(range(len(rows)), rows)
     axes[0].invert_yaxis()
-    figure.savefig(path, dpi=120)
+    return save_figure(figure, path)

@@ -20,18 +20,19 @@ def _colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
-def _save(figure, path: str | Path) -> Path:
+def save_figure(figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path
 
 
-def _subplots(rows: int, columns: int, width: float, height: float):
+def subplots(rows: int, columns: int, width: float, height: float, sharey: bool = False):
+    """A figure and its (rows, columns) axes, each `width` x `height` inches."""
     from matplotlib.figure import Figure  # takes a second; drawn without pyplot, so no backend and no display
 
     figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False, sharey=sharey)
 
 
 def _curve_figure(
@@ -47,7 +48,7 @@ def _curve_figure(
     if not panels:
         raise ValueError("No label has both present and absent images, so there is no curve to draw.")
     num_columns = min(num_columns, len(panels))
-    figure, axes = _subplots(-(-len(panels) // num_columns), num_columns, 2.6, 2.7)
+    figure, axes = subplots(-(-len(panels) // num_columns), num_columns, 2.6, 2.7)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, (label, column, known) in zip(axes.flat, panels, strict=False):
@@ -64,7 +65,7 @@ def _curve_figure(
     figure.supxlabel(axes_names[0], fontsize=9)
     figure.supylabel(axes_names[1], fontsize=9)
     _name_models(figure, models)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _name_models(figure, models: Mapping) -> None:
@@ -105,7 +106,7 @@ def plot_calibration(
 
     `temperatures` are those fitted on validation; a model without one is drawn as it is alone.
     """
-    figure, axes = _subplots(1, len(models), 3.0, 3.2)
+    figure, axes = subplots(1, len(models), 3.0, 3.2)
     for number, (axis, (name, predictions)) in enumerate(zip(axes.flat, models.items(), strict=True)):
         axis.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle="--")
         known = predictions.targets != UNKNOWN
@@ -120,7 +121,7 @@ def plot_calibration(
         axis.legend(fontsize=7, frameon=False, loc="upper left")
     figure.supxlabel("P(present)", fontsize=9)
     figure.supylabel("share present", fontsize=9)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_bars(
@@ -131,7 +132,7 @@ def plot_bars(
     if not classes:
         raise ValueError("There is no class with a value, so there is no bar to draw.")
     height = 0.8 / len(models)
-    figure, axes = _subplots(1, 1, 6.4, 1.0 + (0.3 + 0.12 * len(models)) * len(classes))
+    figure, axes = subplots(1, 1, 6.4, 1.0 + (0.3 + 0.12 * len(models)) * len(classes))
     axis = axes[0, 0]
     for number, (model, values) in enumerate(models.items()):
         for row, name in enumerate(classes):
@@ -153,12 +154,12 @@ def plot_bars(
     axis.set_xlabel(axis_name, fontsize=9)
     axis.grid(axis="x", alpha=0.3)
     _name_models(figure, models)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_confusion(models: Mapping[str, np.ndarray], names: Sequence[str], path: str | Path) -> Path:
     """Confusion matrices (K, K) of models, rows the true class, columns the predicted one, in images."""
-    figure, axes = _subplots(1, len(models), 1.6 + 0.55 * len(names), 1.6 + 0.5 * len(names))
+    figure, axes = subplots(1, len(models), 1.6 + 0.55 * len(names), 1.6 + 0.5 * len(names))
     for axis, (model, matrix) in zip(axes.flat, models.items(), strict=True):
         matrix = np.asarray(matrix)
         shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -170,7 +171,7 @@ def plot_confusion(models: Mapping[str, np.ndarray], names: Sequence[str], path:
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.set_title(model, fontsize=9)
         axis.set(xlabel="predicted", ylabel="true")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_label_confusion(models: Mapping[str, Mapping[str, Mapping[str, int]]], path: str | Path) -> Path:
@@ -185,7 +186,7 @@ def plot_label_confusion(models: Mapping[str, Mapping[str, Mapping[str, int]]], 
         "true_negative": "0.85",
     }
     labels = list(next(iter(models.values())))
-    figure, axes = _subplots(1, len(models), 4.4, 1.2 + 0.28 * len(labels))
+    figure, axes = subplots(1, len(models), 4.4, 1.2 + 0.28 * len(labels))
     for axis, (model, counts) in zip(axes.flat, models.items(), strict=True):
         left = np.zeros(len(labels))
         totals = np.array([sum(counts[label].values()) for label in labels])
@@ -199,7 +200,7 @@ def plot_label_confusion(models: Mapping[str, Mapping[str, Mapping[str, int]]], 
         axis.set_title(model, fontsize=9)
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_heatmaps(model, processor, rows: datasets.Dataset, path: str | Path, num: int = 6) -> Path:
@@ -211,7 +212,7 @@ def plot_heatmaps(model, processor, rows: datasets.Dataset, path: str | Path, nu
     if not pairs:
         raise ValueError(f"None of {len(rows)} rows has an image with a lesion mask, so there is nothing to draw.")
     heatmaps = grounding_heatmaps(model, processor, rows, pairs)
-    figure, axes = _subplots(2, len(pairs), 2.2, 2.5)
+    figure, axes = subplots(2, len(pairs), 2.2, 2.5)
     for column, (pair, heatmap) in enumerate(zip(pairs, heatmaps, strict=True)):
         image = np.asarray(load_grayscale(rows[pair.row]["image"], where=rows[pair.row]["row_id"]))
         for axis in axes[:, column]:
@@ -226,7 +227,7 @@ def plot_heatmaps(model, processor, rows: datasets.Dataset, path: str | Path, nu
             axes[1, column].contour(*grid, outline, levels=[0.5], colors="cyan", linewidths=1.0)
             axes[1, column].set_title(f"AUROC {heatmap_scores(heatmap, pair.mask)[0]:.2f}", fontsize=9)
     figure.suptitle("text-to-patch attention; outline: true mask", fontsize=9)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_loss_curves(log_history: Sequence[Mapping], path: str | Path) -> Path:
@@ -241,7 +242,7 @@ def plot_loss_curves(log_history: Sequence[Mapping], path: str | Path) -> Path:
                 validation.append((entry["step"], value))
     if not losses:
         raise ValueError("The log history holds no loss. Train with a `logging_steps` shorter than the run.")
-    figure, axes = _subplots(2 if validation else 1, 1, 6.4, 3.0)
+    figure, axes = subplots(2 if validation else 1, 1, 6.4, 3.0)
     for name, points in losses.items():
         axes[0, 0].plot(*zip(*points, strict=True), label=name, linewidth=1.4)
     axes[0, 0].set(ylabel="loss")
@@ -254,4 +255,4 @@ def plot_loss_curves(log_history: Sequence[Mapping], path: str | Path) -> Path:
     for axis in axes.flat:
         axis.set_xlim(0, last_step * 1.02)
         axis.grid(alpha=0.3)
-    return _save(figure, path)
+    return save_figure(figure, path)

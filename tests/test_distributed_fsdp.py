@@ -71,7 +71,8 @@ for auto_class in (AutoModel, AutoModelForPreTraining):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folder of the runs: `ddp`, `fsdp`, `resumed` from the second step of `fsdp`, and `bf16` with checkpointing."""
+    """Folder of the runs: `ddp`, `fsdp`, `resumed` from the second step of `fsdp`; and two steps without dropout, whose
+    draws differ with the type: `float32`, and `bf16` with checkpointing."""
     folder = tmp_path_factory.mktemp("fsdp")
     (folder / "run.yaml").write_text(yaml.safe_dump({**CONFIG, **CHANGES}), encoding="utf-8")
     (folder / "runs.py").write_text(RUNS, encoding="utf-8")
@@ -80,13 +81,17 @@ def runs(tmp_path_factory):
 
     def run(name: str, *words: str) -> tuple[str, list[str]]:
         start = [str(ROOT / "examples" / "run_pretrain.py"), str(folder / "run.yaml"), "--output_dir"]
-        return "false" if name == "ddp" else "true", [*start, str(folder / name), "--use_cpu", "true", *words]
+        sharded = "false" if name in ("ddp", "float32") else "true"
+        return sharded, [*start, str(folder / name), "--use_cpu", "true", *words]
 
+    text_config = {**CONFIG["text_config"], "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    two_steps = ["--max_steps", "2", "--text_config", json.dumps(text_config)]
     listed = [
         run("ddp"),
         run("fsdp"),
         run("resumed", "--resume_from_checkpoint", "last"),
-        run("bf16", "--bf16", "true", "--gradient_checkpointing", "true", "--max_steps", "2"),
+        run("float32", *two_steps),
+        run("bf16", "--bf16", "true", "--gradient_checkpointing", "true", *two_steps),
     ]
     config = ROOT / "examples" / "accelerate" / "fsdp2.yaml"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
@@ -175,7 +180,7 @@ def test_a_sharded_run_that_goes_on_ends_with_the_same_bits_as_one_that_was_neve
 
 @pytest.mark.slow
 def test_bf16_and_gradient_checkpointing_come_near_float32_and_keep_float32_weights(runs):
-    for half, full in zip(steps_of(runs / "bf16"), steps_of(runs / "ddp"), strict=False):
+    for half, full in zip(steps_of(runs / "bf16"), steps_of(runs / "float32"), strict=True):
         assert numbers_of(half) == pytest.approx(numbers_of(full), rel=0.03)
         assert half["loss"] != full["loss"]
     # on a GPU it is autocast that keeps softmax, norms and losses in float32

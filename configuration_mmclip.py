@@ -71,9 +71,9 @@ class MMCLIPConfig(PretrainedConfig):
         Size of the shared image-text space.
     image_pooling, text_pooling (`str`, *optional*, defaults to `"mean"`):
         What is projected: `"mean"` of the patch (text) tokens, the first token (`"cls"`), or what the tower's own
-        `"pooler"` gives, as in VisionTextDualEncoderModel; of images also `"max"`, a soft maximum over the patches,
-        which lets a small lesion count as much as a large one. Under mean and max pooling the projected
-        patches lie in the same space as the texts, which is what text-to-patch attention rests on.
+        `"pooler"` gives, as in VisionTextDualEncoderModel; or `"max"`, a soft maximum, which lets a small lesion count
+        as much as a large one, and a word as much in a long text as in a short one. Under mean and max pooling the
+        projected patches lie in the same space as the texts, which is what text-to-patch attention rests on.
     logit_scale_init_value (`float`, *optional*, defaults to 2.6592):
         Initial log of the inverse temperature, ln(1 / 0.07) as in CLIP. Clamped at ln(100) in the forward.
     decoder_hidden_size, decoder_num_layers, decoder_num_heads (`int`, *optional*, defaults to 384, 2 and 6):
@@ -105,9 +105,10 @@ class MMCLIPConfig(PretrainedConfig):
         half. 0.5 ignores the attention.
     mim_row_ratio, mlm_row_ratio (`float`, *optional*, defaults to 1.0):
         Share of the rows of a batch that AttMIM and EntMLM see, its first ones. What is saved buys more steps.
-    contrastive_weight, mim_weight, mlm_weight, prompt_weight, local_weight (`float`, *optional*, defaults to 1.0):
-        Factors of the image-text contrastive, AttMIM, EntMLM and disease-kind prompt losses in the total; the last is
-        the prompt loss of single patches. At 0 the branch is neither built nor run.
+    contrastive_weight, mim_weight, mlm_weight, prompt_weight, local_weight, side_weight (`float`, *optional*, defaults
+        to 1.0): Factors of the image-text contrastive, AttMIM, EntMLM and disease-kind prompt losses in the total; the
+        last two are the prompt losses of single patches, and of sides where there are prompts of sides. At 0 the
+        branch is neither built nor run.
     initializer_range (`float`, *optional*, defaults to 0.02):
         Standard deviation of new weights.
     training_sources (`list[str]`, *optional*):
@@ -147,6 +148,7 @@ class MMCLIPConfig(PretrainedConfig):
     mlm_weight: float | int = 1.0
     prompt_weight: float | int = 1.0
     local_weight: float | int = 1.0
+    side_weight: float | int = 1.0
     initializer_range: float | int = 0.02
     training_sources: list[str] | None = None
 
@@ -176,7 +178,7 @@ class MMCLIPConfig(PretrainedConfig):
         choices = {
             "vision_stem": ("patch", "convolution"),
             "image_pooling": ("mean", "max", "cls", "pooler"),
-            "text_pooling": ("mean", "cls", "pooler"),
+            "text_pooling": ("mean", "max", "cls", "pooler"),
             "contrastive_loss": ("softmax", "sigmoid"),
             "contrastive_targets": ("text", "labels"),
             "mim_masking": ("attention", "random"),

@@ -183,12 +183,18 @@ def contrastive_loss(
     return _mean_over_processes(total, 2 * count_per_process(has_image.sum()))
 
 
-def prompt_logits(image_embeds: Tensor, prompt_embeds: Tensor, logit_scale: Tensor) -> Tensor:
-    """ "There is X" against "there is no X" for each image and finding: (B, D), (F, 2, D) -> logits (B, F).
+def prompt_directions(prompt_embeds: Tensor) -> Tensor:
+    """From "there is no X" to "there is X": L2-normalised pairs (F, 2, D), present first, -> (F, D) of length 1.
 
-    Both are L2-normalised; of a pair of prompts the first says present, the second absent.
+    The two texts of a pair begin, and in a pretrained text tower stay, close to each other. Their bare difference
+    would be as small, and with it what images learn from it.
     """
-    return logit_scale * image_embeds @ (prompt_embeds[:, 0] - prompt_embeds[:, 1]).T
+    return F.normalize(prompt_embeds[:, 0] - prompt_embeds[:, 1], dim=-1)
+
+
+def prompt_logits(image_embeds: Tensor, prompt_embeds: Tensor, logit_scale: Tensor) -> Tensor:
+    """How far each image (B, D) lies along the [`prompt_directions`] of F findings, (F, 2, D): logits (B, F)."""
+    return logit_scale * image_embeds @ prompt_directions(prompt_embeds).T
 
 
 def local_prompt_logits(patch_embeds: Tensor, prompt_embeds: Tensor, logit_scale: Tensor) -> Tensor:
@@ -197,27 +203,35 @@ def local_prompt_logits(patch_embeds: Tensor, prompt_embeds: Tensor, logit_scale
     `patch_embeds` (B, N, D) are projected and L2-normalised. "Any" is the soft maximum log(mean(exp(.))) over the
     patches, as in multiple-instance learning. Returns (B, F).
     """
-    contrast = prompt_embeds[:, 0] - prompt_embeds[:, 1]  # (F, D)
-    margins = logit_scale * torch.einsum("bnd,fd->bfn", patch_embeds, contrast)
+    margins = logit_scale * torch.einsum("bnd,fd->bfn", patch_embeds, prompt_directions(prompt_embeds))
     return margins.logsumexp(dim=-1) - math.log(margins.shape[-1])
 
 
-def finding_loss(logits: Tensor, labels: Tensor, sizes: list[int] | None = None) -> Tensor:
+def finding_loss(logits: Tensor, labels: Tensor, sizes: list[int] | None = None, within_images: bool = False) -> Tensor:
     """How far findings (B, F) are from being told apart, by rank and by sign; labels are 1, 0, or -100 (unknown).
 
     The rank part is the mean of softplus(absent - present) over all pairs of images of which one has a finding and the
     other lacks it. A mere base rate ("findings are mostly absent") does not lower it: with cross-entropy alone, that is
-    what the text tower learns first, and its prompts collapse into "no". The sign part is half the cross-entropy, with
-    present and absent of the same weight, and puts the border between the two at 0. Both go over the images of all
-    processes, which have `sizes` rows each. Returns a scalar; a part for which nothing is known is 0.
+    what the text tower learns first, and its prompts collapse into "no". With `within_images` as much comes from all
+    pairs of findings of one image of which it has one and lacks the other; what all findings have in common lowers the
+    first, and not this. The sign part is half the cross-entropy, with present and absent of the same weight, and puts
+    the border between the two at 0. All go over the images of all processes, which have `sizes` rows each. Returns a
+    scalar; a part for which nothing is known is 0.
     """
     logits, labels = gather_over_processes(logits, sizes), gather_over_processes(labels, sizes)
     is_present, is_absent = labels == 1, labels == 0  # (B, F)
-    is_pair = is_present[:, None, :] & is_absent[None, :, :]  # (B, B, F)
-    rank = (F.softplus(logits[None, :, :] - logits[:, None, :]) * is_pair).sum() / is_pair.sum().clamp(min=1)
+    rank = _rank_loss(logits, is_present, is_absent)
+    if within_images:
+        rank = rank + _rank_loss(logits.T, is_present.T, is_absent.T)
     present = (F.softplus(-logits) * is_present).sum() / is_present.sum().clamp(min=1)
     absent = (F.softplus(logits) * is_absent).sum() / is_absent.sum().clamp(min=1)
     return rank + (present + absent) / 4
+
+
+def _rank_loss(logits: Tensor, is_present: Tensor, is_absent: Tensor) -> Tensor:
+    """Mean of softplus(absent - present) over the pairs of one column, (n, m) each."""
+    is_pair = is_present[:, None, :] & is_absent[None, :, :]  # (n, n, m)
+    return (F.softplus(logits[None, :, :] - logits[:, None, :]) * is_pair).sum() / is_pair.sum().clamp(min=1)
 
 
 def masked_patch_loss(
@@ -471,6 +485,8 @@ class ConvolutionalStem(nn.Sequential):
 
 # Groups of like length that the texts of a batch pass their tower in, and parts that save memory.
 NUM_LENGTHS = 4
+# How sharp the soft maximum is: patch tokens are small numbers after a ReLU, text tokens leave a layer norm.
+PATCH_SHARPNESS, WORD_SHARPNESS = 4.0, 2.0
 
 # Parameters that no patch token depends on: the norm of a pooled output, the token of the tower's own masked training.
 UNREAD_PARAMETERS = {
@@ -745,7 +761,7 @@ class MMCLIPPreTrainedModel(PreTrainedModel):
         elif self.config.image_pooling == "pooler":
             pooled = _pooler_output(outputs, "image")
         elif self.config.image_pooling == "max":
-            pooled = _soft_maximum(patch_tokens)
+            pooled = _soft_maximum(patch_tokens, PATCH_SHARPNESS)
         else:
             pooled = patch_tokens.mean(dim=1)
         return pooled, patch_tokens, outputs
@@ -759,9 +775,17 @@ def _pooler_output(outputs: ModelOutput, part: str) -> Tensor:
     return pooled.flatten(1)  # that of a ResNet is (B, H, 1, 1)
 
 
-def _soft_maximum(tokens: Tensor, sharpness: float = 4.0) -> Tensor:
-    """(B, N, H) -> (B, H): log(mean(exp(s x))) / s over the tokens, between their mean (s -> 0) and their maximum."""
-    return ((sharpness * tokens).logsumexp(dim=1) - math.log(tokens.shape[1])) / sharpness
+def _soft_maximum(tokens: Tensor, sharpness: float, mask: Tensor | None = None) -> Tensor:
+    """(B, N, H) -> (B, H): log(mean(exp(s x))) / s over the tokens, between their mean (s -> 0) and their maximum.
+
+    With a `mask` (B, N) over its True; over all tokens of a row that has none.
+    """
+    tokens = sharpness * tokens
+    if mask is None:
+        return (tokens.logsumexp(dim=1) - math.log(tokens.shape[1])) / sharpness
+    mask = mask.bool() | ~mask.bool().any(dim=1, keepdim=True)
+    count = mask.sum(dim=1, keepdim=True).to(tokens.dtype)
+    return (tokens.masked_fill(~mask[..., None], -torch.inf).logsumexp(dim=1) - count.log()) / sharpness
 
 
 def _masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
@@ -837,11 +861,17 @@ class MMCLIPModel(MMCLIPPreTrainedModel):
             )
         outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         text_tokens = outputs.last_hidden_state
-        if self.config.text_pooling == "mean":
-            pooled = _masked_mean(text_tokens, attention_mask)
+        if self.config.text_pooling in ("mean", "max"):
+            pooled = self.pool_words(text_tokens, attention_mask)
         else:
             pooled = _pooler_output(outputs, "text") if self.config.text_pooling == "pooler" else text_tokens[:, 0]
         return pooled, text_tokens, outputs
+
+    def pool_words(self, text_tokens: Tensor, mask: Tensor) -> Tensor:
+        """(B, T, H), (B, T) -> (B, H): the soft maximum of the chosen words under max pooling, else their mean."""
+        if self.config.text_pooling == "max":
+            return _soft_maximum(text_tokens, WORD_SHARPNESS, mask)
+        return _masked_mean(text_tokens, mask)
 
     def project_image(self, pooled: Tensor) -> Tensor:
         """(..., H) -> (..., D), L2-normalised; takes pooled images and, under mean or max pooling, single patches."""
@@ -1162,6 +1192,7 @@ class MMCLIPForPreTraining(MMCLIPModel):
         prompt_input_ids: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
         prompt_labels: Tensor | None = None,
+        side_labels: Tensor | None = None,
     ) -> MMCLIPForPreTrainingOutput:
         """One batch of images (B, C, S, S) and their reports or prompts (B, T), as [`MMCLIPCollator`] makes it.
 
@@ -1169,8 +1200,9 @@ class MMCLIPForPreTraining(MMCLIPModel):
         mlm_labels (B, T): the text with hidden words and, there, the words (-100 elsewhere); left out, EntMLM rests.
         entity_mask (B, T): the words whose patches AttMIM hides; left out, all of them. group_ids (B,): equal for
         equal texts. mim_noise (B, N) in [0, 1): the draw of hidden patches, taken from torch's generator when left
-        out; or bool_masked_pos (B, N): those patches themselves. prompt_input_ids, prompt_attention_mask (2F, T') and
-        prompt_labels (B, F): "there is X" and "there is no X" for F findings, and which of them hold.
+        out; or bool_masked_pos (B, N): those patches themselves. prompt_input_ids, prompt_attention_mask
+        (2F + 2S, T'), prompt_labels (B, F), side_labels (B, S): "there is X" and "there is no X" for F findings, "left
+        X" and "right X" for S, and which of them hold.
         """
         if input_ids is None or pixel_values is None:
             raise ValueError(
@@ -1181,6 +1213,14 @@ class MMCLIPForPreTraining(MMCLIPModel):
             has_image = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if prompt_input_ids is not None:
+            shapes = [labels.shape for labels in (prompt_labels, side_labels) if labels is not None]
+            num_pairs = sum(num_columns for _, num_columns in shapes)
+            if prompt_labels is None or len(prompt_input_ids) != 2 * num_pairs:
+                raise ValueError(
+                    f"`prompt_input_ids` are {len(prompt_input_ids)} texts, but must be two for each column of "
+                    f"`prompt_labels` (B, F) and then of `side_labels` (B, S), which are {[*map(tuple, shapes)]}."
+                )
         sizes = rows_per_process(len(pixel_values), pixel_values.device)  # first, while nothing has to be waited for
 
         prompt_embeds = None
@@ -1204,9 +1244,12 @@ class MMCLIPForPreTraining(MMCLIPModel):
             bool_masked_pos,
             num_parts=num_parts,
         )
-        finding_logits = {} if prompt_embeds is None else self.finding_logits(rows, prompt_embeds)
+        finding_labels = {"prompt": prompt_labels, "local": prompt_labels, "side": side_labels}
+        finding_logits = {}
+        if prompt_embeds is not None:
+            finding_logits = self.finding_logits(rows, prompt_embeds, prompt_labels.shape[1])
         losses = self.batch_losses(
-            rows.image_embeds, rows.text_embeds, finding_logits, has_image, group_ids, prompt_labels, sizes
+            rows.image_embeds, rows.text_embeds, finding_logits, has_image, group_ids, finding_labels, sizes
         )
         losses |= rebuilt.losses
         logits_per_image = self.similarity_scale() * rows.image_embeds @ rows.text_embeds.T
@@ -1359,13 +1402,17 @@ class MMCLIPForPreTraining(MMCLIPModel):
         """(2F, T'), (2F, T') -> (F, 2, D): "there is X" and "there is no X", L2-normalised."""
         return self.project_text(self.encode_text(prompt_input_ids, prompt_attention_mask)[0]).unflatten(0, (-1, 2))
 
-    def finding_logits(self, rows: EncodedRows, prompt_embeds: Tensor) -> dict[str, Tensor]:
-        """What images (`prompt`) and their patches (`local`) say of F findings, (B, F) each, as far as it counts."""
+    def finding_logits(self, rows: EncodedRows, prompt_embeds: Tensor, num_findings: int) -> dict[str, Tensor]:
+        """What images (`prompt`) and their patches (`local`) say of F findings, (B, F) each, and images of the sides of
+        S of them (`side`, (B, S)), as far as it counts. Of `prompt_embeds` (F + S, 2, D) the first are the F."""
         scale, logits = self.similarity_scale(), {}
+        findings, sides = prompt_embeds[:num_findings], prompt_embeds[num_findings:]
         if self.config.prompt_weight > 0:
-            logits["prompt"] = prompt_logits(rows.image_embeds, prompt_embeds, scale)
+            logits["prompt"] = prompt_logits(rows.image_embeds, findings, scale)
         if self.config.local_weight > 0:
-            logits["local"] = local_prompt_logits(self.project_image(rows.patch_tokens), prompt_embeds, scale)
+            logits["local"] = local_prompt_logits(self.project_image(rows.patch_tokens), findings, scale)
+        if self.config.side_weight > 0 and len(sides):
+            logits["side"] = prompt_logits(rows.image_embeds, sides, scale)
         return logits
 
     def batch_losses(
@@ -1375,11 +1422,14 @@ class MMCLIPForPreTraining(MMCLIPModel):
         finding_logits: dict[str, Tensor],
         has_image: Tensor,
         group_ids: Tensor | None = None,
-        prompt_labels: Tensor | None = None,
+        finding_labels: dict[str, Tensor | None] | None = None,
         sizes: list[int] | None = None,
     ) -> dict[str, Tensor]:
-        """The losses that hold rows against each other, of all processes: contrastive and those of findings."""
-        losses = {}
+        """The losses that hold rows against each other, of all processes: contrastive and those of findings.
+
+        `finding_labels` are those of `finding_logits`, by the same names, (B, F) or (B, S).
+        """
+        losses, finding_labels = {}, finding_labels or {}
         if self.config.contrastive_weight > 0:
             by_labels = self.config.contrastive_targets == "labels"
             losses["contrastive"] = contrastive_loss(
@@ -1389,12 +1439,13 @@ class MMCLIPForPreTraining(MMCLIPModel):
                 group_ids,
                 has_image,
                 sizes,
-                labels=prompt_labels if by_labels else None,
+                labels=finding_labels.get("prompt") if by_labels else None,
                 label_temperature=self.config.label_temperature,
                 logit_bias=getattr(self, "logit_bias", None),
             )
         for name, logits in finding_logits.items():
-            losses[name] = finding_loss(logits, prompt_labels.masked_fill(~has_image[:, None], -100), sizes)
+            labels = finding_labels[name].masked_fill(~has_image[:, None], -100)
+            losses[name] = finding_loss(logits, labels, sizes, within_images=name == "side")
         return losses
 
     def total_loss(self, losses: dict[str, Tensor]) -> Tensor:
@@ -1407,7 +1458,7 @@ class MMCLIPForPreTraining(MMCLIPModel):
         words = attention_mask if entity_mask is None else entity_mask
         if self.config.mim_attention == "cross_attention":
             return _masked_mean(self.mlm_head.word_to_patch_attention(text_tokens, attention_mask, patch_tokens), words)
-        return self.attention_to_patches(patch_tokens, self.project_text(_masked_mean(text_tokens, words)))
+        return self.attention_to_patches(patch_tokens, self.project_text(self.pool_words(text_tokens, words)))
 
     def _hide_patches(self, attention: Tensor, noise: Tensor | None) -> Tensor:
         config = self.config

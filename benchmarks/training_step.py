@@ -32,6 +32,7 @@ from MMCLIP.modeling_mmclip import (
     masked_token_loss,
     normalise_patches,
     patchify,
+    prompt_directions,
     select_masked_patches,
 )
 from torch import Tensor, nn
@@ -208,12 +209,11 @@ def naive_loss(model: MMCLIPForPreTraining, batch: dict) -> Tensor:
 
 
 def prompt_losses(model: MMCLIPForPreTraining, batch: dict, image_embeds: Tensor, patch_tokens: Tensor) -> Tensor:
-    pooled = model.encode_text(batch["prompt_input_ids"], batch["prompt_attention_mask"])[0]
-    present, absent = model.project_text(pooled).unflatten(0, (-1, 2)).unbind(dim=1)
-    contrast = model.similarity_scale() * (present - absent)  # (F, D)
-    of_patches = (model.project_image(patch_tokens) @ contrast.T).logsumexp(dim=1) - math.log(model.num_patches)
+    embeds = model.embed_prompts(batch["prompt_input_ids"], batch["prompt_attention_mask"])
+    directions = model.similarity_scale() * prompt_directions(embeds)  # (F, D)
+    of_patches = (model.project_image(patch_tokens) @ directions.T).logsumexp(dim=1) - math.log(model.num_patches)
     labels = batch["prompt_labels"]
-    return finding_loss(image_embeds @ contrast.T, labels) + finding_loss(of_patches, labels)
+    return finding_loss(image_embeds @ directions.T, labels) + finding_loss(of_patches, labels)
 
 
 class Trained:

@@ -63,6 +63,9 @@ def tiny_batch(batch_size: int = 4, num_tokens: int = 10, num_findings: int = 3,
     has_image[-1] = False
     prompt_labels = torch.randint(0, 2, (batch_size, num_findings), generator=generator).float()
     prompt_labels[0, 0] = -100
+    side_labels = torch.randint(0, 2, (batch_size, 2), generator=generator).float()
+    side_labels[0, 1] = -100
+    num_prompts = 2 * (num_findings + 2)
     return {
         "pixel_values": torch.randn(batch_size, 1, 32, 32, generator=generator) * has_image[:, None, None, None],
         "has_image": has_image,
@@ -73,9 +76,10 @@ def tiny_batch(batch_size: int = 4, num_tokens: int = 10, num_findings: int = 3,
         "entity_mask": entity_mask,
         "group_ids": torch.arange(batch_size),
         "mim_noise": torch.rand(batch_size, 16, generator=generator),
-        "prompt_input_ids": torch.randint(5, 100, (2 * num_findings, 6), generator=generator),
-        "prompt_attention_mask": torch.ones(2 * num_findings, 6, dtype=torch.long),
+        "prompt_input_ids": torch.randint(5, 100, (num_prompts, 6), generator=generator),
+        "prompt_attention_mask": torch.ones(num_prompts, 6, dtype=torch.long),
         "prompt_labels": prompt_labels,
+        "side_labels": side_labels,
     }
 
 

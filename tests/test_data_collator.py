@@ -112,6 +112,7 @@ def test_keys_shapes_and_types_are_those_of_the_forward():
         "prompt_input_ids": ((6, prompt_tokens), torch.int64),
         "prompt_attention_mask": ((6, prompt_tokens), torch.int64),
         "prompt_labels": ((2, 3), torch.float32),
+        "side_labels": ((2, 0), torch.float32),
     }
     assert "prompt_labels" not in MMCLIPCollator(processor(), num_patches=4)([sample("Mass.")])
 
@@ -437,12 +438,12 @@ def test_side_prompts_follow_for_labels_that_have_sides_and_know_left_and_right_
     sides = [{"pleural effusion": "left"}, {"pleural effusion": "right", "nodule": "bilateral"}, {}]
     batch = collator([sample("Effusion.", row, sides=known) for row, known in enumerate(sides)])
     assert collator.side_labels == ("pleural effusion", "nodule")
-    assert batch["prompt_labels"][:, 3:].tolist() == [[1, IGNORE], [0, IGNORE], [IGNORE, IGNORE]]
+    assert batch["side_labels"].tolist() == [[1, IGNORE], [0, IGNORE], [IGNORE, IGNORE]]
     texts = [pieces(ids) for ids in batch["prompt_input_ids"][6:]]
     for left, right in (texts[:2], texts[2:]):
         assert [pair for pair in zip(left, right, strict=True) if pair[0] != pair[1]] == [("left", "right")]
     without = MMCLIPCollator(processor(), 4, prompt_labels=labels)([sample("Effusion.")])
-    assert without["prompt_labels"].shape == (1, 3)
+    assert without["side_labels"].shape == (1, 0) and len(without["prompt_input_ids"]) == 6
 
 
 def test_mistakes_are_errors_when_the_collator_is_made():

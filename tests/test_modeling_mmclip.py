@@ -111,13 +111,22 @@ def test_contrastive_loss_of_a_batch_without_any_image_is_zero_with_zero_gradien
 
 def test_prompt_loss_counts_only_known_findings():
     image = torch.tensor([[1.0, 0.0]])
-    prompts = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]])  # logits 1 and -1 at scale 1
-    logits = prompt_logits(image, prompts, ONE)
+    prompts = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]])
+    logits = prompt_logits(image, prompts, math.sqrt(2) * ONE)
+    torch.testing.assert_close(logits, torch.tensor([[1.0, -1.0]]))
     known_first = finding_loss(logits, torch.tensor([[1.0, -100.0]]))
     assert known_first.item() == pytest.approx(math.log1p(math.exp(-1)) / 4)
     both = finding_loss(logits, torch.tensor([[1.0, 1.0]]))
     assert both.item() == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(1))) / 2 / 4)
     assert finding_loss(logits, torch.tensor([[-100.0, -100.0]])).item() == 0
+
+
+def test_how_close_the_texts_of_a_prompt_pair_are_does_not_matter():
+    far = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    close = torch.nn.functional.normalize(torch.tensor([[[1.01, 1.0], [1.0, 1.01]]]), dim=-1)
+    image, patches = torch.tensor([[0.6, 0.8]]), torch.tensor([[[0.6, 0.8], [1.0, 0.0]]])
+    torch.testing.assert_close(prompt_logits(image, close, ONE), prompt_logits(image, far, ONE))
+    torch.testing.assert_close(local_prompt_logits(patches, close, ONE), local_prompt_logits(patches, far, ONE))
 
 
 def test_finding_loss_is_a_rank_part_and_a_balanced_sign_part():
@@ -136,11 +145,40 @@ def test_the_rank_part_does_not_reward_a_base_rate():
     assert logits.grad.sum().item() == pytest.approx(0.0, abs=1e-6)  # moving all of them together changes nothing
 
 
+def test_within_an_image_what_all_findings_have_in_common_does_not_count():
+    labels = torch.tensor([[1.0, 0.0, -100.0], [-100.0, 1.0, 0.0]])
+    logits = torch.tensor([[2.0, 1.0, 9.0], [9.0, 4.0, 4.5]])
+    extra = finding_loss(logits, labels, within_images=True) - finding_loss(logits, labels)
+    assert extra.item() == pytest.approx((math.log1p(math.exp(1 - 2)) + math.log1p(math.exp(4.5 - 4))) / 2, abs=1e-6)
+    moved = logits + torch.tensor([[3.0], [-5.0]])
+    again = finding_loss(moved, labels, within_images=True) - finding_loss(moved, labels)
+    torch.testing.assert_close(again, extra)
+
+
+def test_sides_have_a_loss_of_their_own_and_no_part_in_that_of_findings(config, batch):
+    model = MMCLIPForPreTraining(config).eval()
+    with torch.no_grad():
+        losses = model(**batch).loss_info
+        unknown = model(**{**batch, "side_labels": torch.full_like(batch["side_labels"], -100)}).loss_info
+        model.config.side_weight = 0
+        without = model(**batch).loss_info
+    assert losses["side"] > 0 and unknown["side"] == 0 and losses.keys() - without.keys() == {"side"}
+    for name in ("prompt", "local", "contrastive"):
+        assert losses[name] == unknown[name] == without[name]
+
+
+def test_prompts_that_do_not_fit_their_labels_are_refused(config, batch):
+    model = MMCLIPForPreTraining(config)
+    for changes in ({"side_labels": None}, {"prompt_labels": None}):
+        with pytest.raises(ValueError, match="two for each column of `prompt_labels`"):
+            model(**{**batch, **changes})
+
+
 def test_local_prompt_loss_takes_the_soft_maximum_over_the_patches():
     prompts = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     patches = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # margins 1 and -1
     logit = math.log((math.e + 1 / math.e) / 2)
-    logits = local_prompt_logits(patches, prompts, ONE)
+    logits = local_prompt_logits(patches, prompts, math.sqrt(2) * ONE)
     loss = finding_loss(logits, torch.tensor([[1.0]]))
     assert loss.item() == pytest.approx(math.log1p(math.exp(-logit)) / 4)
     assert finding_loss(logits, torch.tensor([[-100.0]])).item() == 0
@@ -278,7 +316,9 @@ def test_any_text_tower_trains(model_type):
     if model_type in ("electra", "albert"):
         fields |= {"embedding_size": 16}  # narrower than the hidden states
     outputs = MMCLIPForPreTraining(tiny_config(text_config=fields))(**tiny_batch())
-    assert set(outputs.loss_info) == {"contrastive", "mim", "mlm", "prompt", "local"} and torch.isfinite(outputs.loss)
+    assert set(outputs.loss_info) == {"contrastive", "mim", "mlm", "prompt", "local", "side"} and torch.isfinite(
+        outputs.loss
+    )
 
 
 @pytest.mark.parametrize("model_type", ["siglip_vision_model", "clip_vision_model", "dinov2"])
@@ -391,22 +431,20 @@ def test_one_batch_gives_every_parameter_a_gradient(batch):
     assert all("key" in name or "k_proj" in name for name in zero), zero
 
 
-@pytest.mark.parametrize("name", ["contrastive", "mim", "mlm", "prompt", "local"])
+@pytest.mark.parametrize("name", ["contrastive", "mim", "mlm", "prompt", "local", "side"])
 def test_a_branch_of_weight_zero_is_neither_built_nor_run(name, batch):
     model = MMCLIPForPreTraining(tiny_config(**{f"{name}_weight": 0}))
     outputs = model(**batch)
     outputs.loss.backward()
-    assert name not in outputs.loss_info and len(outputs.loss_info) == 4
+    assert name not in outputs.loss_info and len(outputs.loss_info) == 5
     assert not [key for key in model.state_dict() if key.startswith(f"{name}_head")]
 
 
 def test_the_total_is_the_weighted_sum_of_its_parts(batch):
-    model = MMCLIPForPreTraining(
-        tiny_config(mim_weight=0.5, mlm_weight=2.0, prompt_weight=3.0, local_weight=4.0)
-    ).eval()
+    weights = {"contrastive": 1.0, "mim": 0.5, "mlm": 2.0, "prompt": 3.0, "local": 4.0, "side": 5.0}
+    model = MMCLIPForPreTraining(tiny_config(**{f"{name}_weight": weight for name, weight in weights.items()})).eval()
     outputs = model(**batch)
-    parts = outputs.loss_info
-    total = parts["contrastive"] + 0.5 * parts["mim"] + 2 * parts["mlm"] + 3 * parts["prompt"] + 4 * parts["local"]
+    total = sum(weights[name] * loss for name, loss in outputs.loss_info.items())
     torch.testing.assert_close(outputs.loss, total)
 
 
@@ -622,6 +660,7 @@ def test_a_tiny_batch_can_be_overfitted():
         {"vision_stem": "convolution"},
         {"image_pooling": "cls"},
         {"text_pooling": "cls"},
+        {"text_pooling": "max"},
         {"mim_masking": "random"},
         {"mim_mask_ratio": 0.25},
         {"mim_attended_share": 0.2},
@@ -801,3 +840,16 @@ def test_max_pooling_lies_between_the_mean_and_the_maximum_of_the_patches_and_ke
     assert (pooled > patches.mean(dim=1)).all() and (pooled < patches.amax(dim=1)).all()
     by_hand = ((4 * patches).exp().mean(dim=1)).log() / 4
     assert torch.allclose(pooled, by_hand, atol=1e-5)
+
+
+def test_max_pooling_of_a_text_is_over_its_own_words():
+    model = MMCLIPModel(tiny_config(text_pooling="max")).eval()
+    batch = tiny_batch()
+    pooled, tokens, _ = model.encode_text(batch["input_ids"], batch["attention_mask"])
+    words = tokens[0, :-3]  # the others are padding
+    assert torch.allclose(pooled[0], (2 * words).exp().mean(dim=0).log() / 2, atol=1e-5)
+    chosen = torch.zeros_like(batch["attention_mask"])
+    chosen[0, 1] = 1
+    pooled = model.pool_words(tokens, chosen)
+    assert torch.allclose(pooled[0], tokens[0, 1], atol=1e-5)
+    assert torch.equal(pooled[1], model.pool_words(tokens, torch.ones_like(chosen))[1])  # none chosen: all

@@ -256,6 +256,12 @@ def test_prompts_are_made_when_a_loss_reads_them(labelled, prompt_weight, local_
     assert len(collator.prompt_labels) == wanted
 
 
+@pytest.mark.parametrize(("side_weight", "wanted"), [(0, ()), (1, ("pleural effusion",))])
+def test_side_prompts_are_made_when_their_loss_reads_them(labelled, side_weight, wanted):
+    _, collator = built(labelled, {"side_weight": side_weight}, prompt_labels=["all"], prompt_sides=True)
+    assert collator.side_labels == wanted
+
+
 def test_what_the_arguments_say_reaches_augmentation_and_collator(labelled):
     dataset, collator = built(
         labelled, max_rotation=1.5, max_translation=0.0, noise_std=0.0, mlm_masking="random", mlm_ratio=0.25

@@ -99,12 +99,14 @@ def write_folds(table: str | os.PathLike, splits: Sequence[str], number: int, fo
 def load_bench(path: str | os.PathLike) -> Bench:
     """Read and check a bench, every row included, so that a slip is found before the first hour of training.
 
+    A file may be `like: OTHER.yaml` beside it: then it has the keys that it lacks from there, `shared` is that of both,
+    and a row may be the name of one of the other's.
+
     Raises ValueError, beginning with the file: for keys that are unknown or missing, a reference that is no row, and
     whatever run_pretrain.py would refuse of a row.
     """
     path = Path(path)
-    entry = read_yaml(path, "a bench of ablations", "the keys of a bench")
-    del entry["source"]
+    entry = _read_bench(path)
     known = {item.name: item for item in fields(Bench)}
     if unknown := sorted(set(entry) - set(known)):
         raise ValueError(f"{path}: unknown keys {unknown}, expected some of {', '.join(known)}.")
@@ -127,6 +129,20 @@ def load_bench(path: str | os.PathLike) -> Bench:
             except ValueError as error:
                 raise ValueError(f"{path}: row {row!r}: {error}") from error
     return bench
+
+
+def _read_bench(path: Path) -> dict:
+    entry = read_yaml(path, "a bench of ablations", "the keys of a bench")
+    del entry["source"]
+    if "like" not in entry:
+        return entry
+    other = _read_bench(path.parent / entry.pop("like"))
+    for row, keys in entry.get("rows", {}).items():
+        if isinstance(keys, str):
+            if keys not in other["rows"]:
+                raise ValueError(f"{path}: row {row!r}: {other['name']} has no row {keys!r} that it could be like.")
+            entry["rows"][row] = other["rows"][keys]
+    return {**other, **entry, "shared": {**other.get("shared", {}), **entry.get("shared", {})}}
 
 
 def measured(results: Mapping, path: str) -> float | None:

@@ -38,11 +38,11 @@ class MMCLIPCollator:
     | `entity_mask` | (B, T) bool, what the text says is there (see below) |
     | `group_ids` | (B,) int64, equal for texts that differ in case and blanks at most |
     | `mim_noise` | (B, N) uniform in [0, 1) |
-    | `prompt_input_ids`, `prompt_attention_mask` | (2F, Tp), rows 2f and 2f + 1 are a pair of prompts |
-    | `prompt_labels` | (B, F) 1 where the first of the pair holds, 0 where the second does, -100 unknown |
+    | `prompt_input_ids`, `prompt_attention_mask` | (2F + 2S, Tp), rows 2f and 2f + 1 are a pair of prompts |
+    | `prompt_labels`, `side_labels` | (B, F), (B, S): 1 where the first of a pair holds, 0 the second, -100 unknown |
 
     The prompt keys exist only with `prompt_labels`. First come "there is X" and "there is no X" of each; then, with
-    `prompt_sides`, "left X" and "right X" of those that have sides. Whole entities are hidden, every
+    `prompt_sides`, "left X" and "right X" of the S that have sides. Whole entities are hidden, every
     word piece of them, at least one in each text that has one; in a text without entities one whole word is.
     `entity_mask` marks the findings, diseases and devices that are present or uncertain, or all but the special tokens
     where a text has none. A text longer than `max_length` is cut, with one warning, and an entity not whole any more is
@@ -259,21 +259,23 @@ class MMCLIPCollator:
         generator = sample_generator(samples[0]["sample_seed"], BATCH_STREAM)
         texts = [text for pairs in self._prompt_pairs for text in pairs[generator.integers(len(pairs))]]
         encoded, _ = self._tokenize(texts)
-        labels = torch.full((len(samples), len(self._prompt_pairs)), float(IGNORE))
+        labels = torch.full((len(samples), len(self.prompt_labels)), float(IGNORE))
+        sides = torch.full((len(samples), len(self.side_labels)), float(IGNORE))
         for row, sample in enumerate(samples):
             for column, label in enumerate(self.prompt_labels):
                 if label in sample["present"]:
                     labels[row, column] = 1.0
                 elif label in sample["absent"]:
                     labels[row, column] = 0.0
-            for column, label in enumerate(self.side_labels, len(self.prompt_labels)):
+            for column, label in enumerate(self.side_labels):
                 side = sample["sides"].get(label)
                 if side in ("left", "right"):
-                    labels[row, column] = float(side == "left")
+                    sides[row, column] = float(side == "left")
         return {
             "prompt_input_ids": torch.from_numpy(encoded["input_ids"]),
             "prompt_attention_mask": torch.from_numpy(encoded["attention_mask"]),
             "prompt_labels": labels,
+            "side_labels": sides,
         }
 
 

@@ -37,7 +37,7 @@ class ModelArguments:
     vision_stem: str | None = _option("patch or convolution")
     projection_dim: int | None = _option("Size of the shared space")
     image_pooling: str | None = _option("mean, max, cls or pooler")
-    text_pooling: str | None = _option("mean, cls or pooler")
+    text_pooling: str | None = _option("mean, max, cls or pooler")
     logit_scale_init_value: float | None = _option("Initial log of the inverse temperature")
     decoder_hidden_size: int | None = _option("Width of the AttMIM and EntMLM decoders")
     decoder_num_layers: int | None = _option("Their layers")
@@ -60,6 +60,7 @@ class ModelArguments:
     mlm_weight: float | None = _option("Factor of the EntMLM loss; 0 leaves the branch out")
     prompt_weight: float | None = _option("Factor of the disease-kind prompt loss; 0 leaves the branch out")
     local_weight: float | None = _option("Factor of the same loss of single patches; 0 leaves the branch out")
+    side_weight: float | None = _option("Factor of the loss of `prompt_sides`; 0 leaves the branch out")
     initializer_range: float | None = _option("Standard deviation of new weights")
 
     def __post_init__(self):
@@ -127,8 +128,8 @@ class DataArguments(AugmentationArguments):
     )
     prompt_labels: list[str] = _option("Findings of the prompt loss; `all`: those that are stated both ways", [])
     prompt_sides: bool = _option(
-        "The prompt loss also holds `left X` against `right X`, for those of `prompt_labels` whose side a report, a "
-        "mask or a box tells",
+        "Beside the prompt loss one that holds `left X` against `right X`, for those of `prompt_labels` whose side a "
+        "report, a mask or a box tells",
         False,
     )
     validation_labels: list[str] = _option("Labels of the zero-shot validation; left out, all that can be scored", [])

@@ -159,7 +159,7 @@ def build_datasets(
         mlm_kinds=data.mlm_kinds,
         mlm_cue_ratio=data.mlm_cue_ratio,
         prompt_labels=labels,
-        prompt_sides=data.prompt_sides,
+        prompt_sides=data.prompt_sides and config.side_weight > 0,
         augmentation=augmentation,
         for_trainer=True,
     )

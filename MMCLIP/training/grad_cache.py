@@ -32,7 +32,7 @@ def cached_backward(
     """
     batch = dict(batch)
     prompts = [batch.pop(name, None) for name in ("prompt_input_ids", "prompt_attention_mask")]
-    labels, group_ids = batch.pop("prompt_labels", None), batch.pop("group_ids", None)
+    labels, sides, group_ids = (batch.pop(name, None) for name in ("prompt_labels", "side_labels", "group_ids"))
     pixel_values = batch["pixel_values"]
     if batch.get("has_image") is None:
         batch["has_image"] = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
@@ -53,7 +53,7 @@ def cached_backward(
         rows = model.encode_rows(
             part["pixel_values"], part["input_ids"], part["attention_mask"], part.get("input_ids_masked")
         )
-        return rows, {} if prompt_leaf is None else model.finding_logits(rows, prompt_leaf)
+        return rows, {} if prompt_leaf is None else model.finding_logits(rows, prompt_leaf, labels.shape[1])
 
     cached, states = [], []
     for part in _chunks(batch, chunk_size):
@@ -67,7 +67,13 @@ def cached_backward(
     findings = {name: leaf for name, leaf in leaves.items() if name not in ("images", "texts")}
     with autocast():
         losses = model.batch_losses(
-            leaves["images"], leaves["texts"], findings, batch["has_image"], group_ids, labels, sizes
+            leaves["images"],
+            leaves["texts"],
+            findings,
+            batch["has_image"],
+            group_ids,
+            {"prompt": labels, "local": labels, "side": sides},
+            sizes,
         )
     if losses:
         (factor * model.total_loss(losses)).backward()

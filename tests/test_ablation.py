@@ -55,6 +55,22 @@ def test_a_row_sets_what_it_changes_last_and_the_seed_where_the_bench_says(tmp_p
         assert arguments[arguments.index(f"--{key}") + 1] == value
 
 
+def test_a_bench_can_be_like_another_and_a_row_like_one_of_its_rows(tmp_path):
+    other = load_bench(write(tmp_path))
+    child = tmp_path / "child.yaml"
+    fields = {"like": "bench.yaml", "steps": 9, "shared": {"num_phantoms": 4}}
+    child.write_text(yaml.safe_dump({**fields, "rows": {"plain": {"mim_weight": 0}, "whole": "full"}}))
+    bench = load_bench(child)
+    assert (bench.name, bench.steps, bench.base) == ("child", 9, other.base)
+    assert bench.shared == {**other.shared, "num_phantoms": 4}
+    assert bench.rows == {"plain": {"mim_weight": 0}, "whole": other.rows["full"]}
+    child.write_text(yaml.safe_dump(fields))
+    assert load_bench(child).rows == other.rows
+    child.write_text(yaml.safe_dump({**fields, "rows": {"plain": "fulll"}}))
+    with pytest.raises(ValueError, match="row 'plain': bench has no row 'fulll'"):
+        load_bench(child)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

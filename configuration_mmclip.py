@@ -103,12 +103,12 @@ class MMCLIPConfig(PretrainedConfig):
     mim_attended_share (`float`, *optional*, defaults to 0.9):
         Share of the hidden patches that comes from the more attended half of the image; the rest comes from the other
         half. 0.5 ignores the attention.
-    mim_row_ratio, mlm_row_ratio (`float`, *optional*, defaults to 1.0):
+    mim_row_ratio, mlm_row_ratio (`float`, *optional*, defaults to 0.25):
         Share of the rows of a batch that AttMIM and EntMLM see, its first ones. What is saved buys more steps.
     contrastive_weight, mim_weight, mlm_weight, prompt_weight, local_weight, side_weight (`float`, *optional*, defaults
-        to 1.0): Factors of the image-text contrastive, AttMIM, EntMLM and disease-kind prompt losses in the total; the
-        last two are the prompt losses of single patches, and of sides where there are prompts of sides. At 0 the
-        branch is neither built nor run.
+        to 1, 0.5, 0.5, 4, 2 and 0.25): Factors of the image-text contrastive, AttMIM, EntMLM and disease-kind prompt
+        losses in the total; the last two are the prompt losses of single patches, and of sides where there are prompts
+        of sides. At 0 the branch is neither built nor run. The defaults are the best of RESULTS.md.
     initializer_range (`float`, *optional*, defaults to 0.02):
         Standard deviation of new weights.
     training_sources (`list[str]`, *optional*):
@@ -141,14 +141,14 @@ class MMCLIPConfig(PretrainedConfig):
     mim_text: bool = True
     mim_mask_ratio: float | int = 0.5
     mim_attended_share: float | int = 0.9
-    mim_row_ratio: float | int = 1.0
-    mlm_row_ratio: float | int = 1.0
+    mim_row_ratio: float | int = 0.25
+    mlm_row_ratio: float | int = 0.25
     contrastive_weight: float | int = 1.0
-    mim_weight: float | int = 1.0
-    mlm_weight: float | int = 1.0
-    prompt_weight: float | int = 1.0
-    local_weight: float | int = 1.0
-    side_weight: float | int = 1.0
+    mim_weight: float | int = 0.5
+    mlm_weight: float | int = 0.5
+    prompt_weight: float | int = 4.0
+    local_weight: float | int = 2.0
+    side_weight: float | int = 0.25
     initializer_range: float | int = 0.02
     training_sources: list[str] | None = None
 

@@ -207,31 +207,22 @@ def local_prompt_logits(patch_embeds: Tensor, prompt_embeds: Tensor, logit_scale
     return margins.logsumexp(dim=-1) - math.log(margins.shape[-1])
 
 
-def finding_loss(logits: Tensor, labels: Tensor, sizes: list[int] | None = None, within_images: bool = False) -> Tensor:
+def finding_loss(logits: Tensor, labels: Tensor, sizes: list[int] | None = None) -> Tensor:
     """How far findings (B, F) are from being told apart, by rank and by sign; labels are 1, 0, or -100 (unknown).
 
     The rank part is the mean of softplus(absent - present) over all pairs of images of which one has a finding and the
     other lacks it. A mere base rate ("findings are mostly absent") does not lower it: with cross-entropy alone, that is
-    what the text tower learns first, and its prompts collapse into "no". With `within_images` as much comes from all
-    pairs of findings of one image of which it has one and lacks the other; what all findings have in common lowers the
-    first, and not this. The sign part is half the cross-entropy, with present and absent of the same weight, and puts
-    the border between the two at 0. All go over the images of all processes, which have `sizes` rows each. Returns a
-    scalar; a part for which nothing is known is 0.
+    what the text tower learns first, and its prompts collapse into "no". The sign part is half the cross-entropy, with
+    present and absent of the same weight, and puts the border between the two at 0. Both go over the images of all
+    processes, which have `sizes` rows each. Returns a scalar; a part for which nothing is known is 0.
     """
     logits, labels = gather_over_processes(logits, sizes), gather_over_processes(labels, sizes)
     is_present, is_absent = labels == 1, labels == 0  # (B, F)
-    rank = _rank_loss(logits, is_present, is_absent)
-    if within_images:
-        rank = rank + _rank_loss(logits.T, is_present.T, is_absent.T)
+    is_pair = is_present[:, None, :] & is_absent[None, :, :]  # (B, B, F)
+    rank = (F.softplus(logits[None, :, :] - logits[:, None, :]) * is_pair).sum() / is_pair.sum().clamp(min=1)
     present = (F.softplus(-logits) * is_present).sum() / is_present.sum().clamp(min=1)
     absent = (F.softplus(logits) * is_absent).sum() / is_absent.sum().clamp(min=1)
     return rank + (present + absent) / 4
-
-
-def _rank_loss(logits: Tensor, is_present: Tensor, is_absent: Tensor) -> Tensor:
-    """Mean of softplus(absent - present) over the pairs of one column, (n, m) each."""
-    is_pair = is_present[:, None, :] & is_absent[None, :, :]  # (n, n, m)
-    return (F.softplus(logits[None, :, :] - logits[:, None, :]) * is_pair).sum() / is_pair.sum().clamp(min=1)
 
 
 def masked_patch_loss(
@@ -1445,7 +1436,7 @@ class MMCLIPForPreTraining(MMCLIPModel):
             )
         for name, logits in finding_logits.items():
             labels = finding_labels[name].masked_fill(~has_image[:, None], -100)
-            losses[name] = finding_loss(logits, labels, sizes, within_images=name == "side")
+            losses[name] = finding_loss(logits, labels, sizes)
         return losses
 
     def total_loss(self, losses: dict[str, Tensor]) -> Tensor:

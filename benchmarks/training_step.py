@@ -130,10 +130,8 @@ def make_model(kind: str, size: str) -> nn.Module:
         return VisionTextDualEncoderModel(
             VisionTextDualEncoderConfig.from_vision_text_configs(config.vision_config, config.text_config)
         )
-    others = {} if kind != "contrastive" else dict.fromkeys(
-        ("mim_weight", "mlm_weight", "prompt_weight", "local_weight"), 0
-    )  # fmt: skip
-    model = MMCLIPForPreTraining(mmclip_config(size, **others))
+    weights = dict.fromkeys(("mim_weight", "mlm_weight", "prompt_weight", "local_weight"), int(kind != "contrastive"))
+    model = MMCLIPForPreTraining(mmclip_config(size, **weights, mim_row_ratio=1.0, mlm_row_ratio=1.0))
     if kind != "naive":
         model.vision_model.to(memory_format=torch.channels_last)  # as MMCLIPTrainer does
     return model

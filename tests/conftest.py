@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def tiny_config(vocab_size: int = 100, image_size: int = 32, **fields) -> MMCLIPConfig:
-    """4 x 4 patches, two layers, 32 wide: a model of 100 thousand parameters."""
+    """4 x 4 patches, two layers, 32 wide: a model of 100 thousand parameters. Every loss counts, for every row."""
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     fields = {
         "vision_config": {
@@ -28,6 +28,8 @@ def tiny_config(vocab_size: int = 100, image_size: int = 32, **fields) -> MMCLIP
         "projection_dim": 16,
         "decoder_hidden_size": 24,
         "decoder_num_heads": 2,
+        **dict.fromkeys(("mim_weight", "mlm_weight", "prompt_weight", "local_weight", "side_weight"), 1.0),
+        "mim_row_ratio": 1.0, "mlm_row_ratio": 1.0,
         **fields,
     }  # fmt: skip
     return MMCLIPConfig(**fields)

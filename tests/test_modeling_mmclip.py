@@ -145,16 +145,6 @@ def test_the_rank_part_does_not_reward_a_base_rate():
     assert logits.grad.sum().item() == pytest.approx(0.0, abs=1e-6)  # moving all of them together changes nothing
 
 
-def test_within_an_image_what_all_findings_have_in_common_does_not_count():
-    labels = torch.tensor([[1.0, 0.0, -100.0], [-100.0, 1.0, 0.0]])
-    logits = torch.tensor([[2.0, 1.0, 9.0], [9.0, 4.0, 4.5]])
-    extra = finding_loss(logits, labels, within_images=True) - finding_loss(logits, labels)
-    assert extra.item() == pytest.approx((math.log1p(math.exp(1 - 2)) + math.log1p(math.exp(4.5 - 4))) / 2, abs=1e-6)
-    moved = logits + torch.tensor([[3.0], [-5.0]])
-    again = finding_loss(moved, labels, within_images=True) - finding_loss(moved, labels)
-    torch.testing.assert_close(again, extra)
-
-
 def test_sides_have_a_loss_of_their_own_and_no_part_in_that_of_findings(config, batch):
     model = MMCLIPForPreTraining(config).eval()
     with torch.no_grad():

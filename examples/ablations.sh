@@ -10,8 +10,7 @@ python=${PYTHON:-python}
 
 # claims: five seeds at equal time and at equal steps
 claims=("plain clip" "clip, prompts as texts" siglip medclip "mae, then clip" "clip + AttMIM" "clip + EntMLM" "clip + both"
-    "clip + prompt losses" full "full, no AttMIM" "full, no EntMLM" "full, random patches"
-    "full, random words")
+    "clip + prompt losses" full "full, no AttMIM" "full, no EntMLM" "full, random patches" "full, random words")
 for budget in time steps; do
     "$python" examples/run_ablation.py examples/configs/ablation_phantoms_unpaired.yaml --output_dir "$output" \
         --budget "$budget" --jobs "$jobs" --rows "${claims[@]}"

@@ -77,6 +77,16 @@ def test_rows_that_say_nothing_can_be_left_out_by_asking_for_it(manifest):
     assert len(rows) == 1
 
 
+def test_rows_without_an_image_or_without_a_report_can_be_left_out(manifest):
+    path = manifest(GOOD, ("b.png", "", "nodule", "train"), ("", "Clear lungs.", "", "train"))
+    assert len(build_rows(DataArguments(train_manifest=[path]))[0]) == 3
+    rows, _ = build_rows(DataArguments(train_manifest=[path], paired_only=True))
+    assert rows["report"] == build_rows(DataArguments(train_manifest=[manifest(GOOD)]))[0]["report"]
+    path = manifest(("b.png", "", "nodule", "train"))
+    with pytest.raises(ValueError, match="`paired_only`: no row to train on has both"):
+        build_rows(DataArguments(train_manifest=[path], paired_only=True))
+
+
 def test_each_manifest_gives_its_split_and_phantoms_come_on_top(manifest):
     path = manifest(GOOD, ("b.png", "", "nodule", "val"), ("c.png", "Clear lungs.", "", "test"))
     data = DataArguments(

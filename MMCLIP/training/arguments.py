@@ -106,6 +106,9 @@ class DataArguments(AugmentationArguments):
     validation_split: str = _option("Rows with this `split` are validated on", "val")
     fully_labelled: list[str] = _option("Sources in which a label that is not listed is absent", [])
     drop_unlabelled: bool = _option("Leave out rows that have neither text nor label, with a warning", False)
+    paired_only: bool = _option(
+        "Train on rows with image and report alone: plain CLIP, with the other weights at 0", False
+    )
     num_phantoms: int = _option("Made-up radiographs to train on", 0)
     num_unpaired_phantoms: int = _option("How many of them come with labels only, no report", 0)
     num_validation_phantoms: int = _option("Made-up radiographs to validate on", 0)

@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from PIL import Image
 from transformers import AutoTokenizer
 
@@ -47,6 +48,12 @@ def build_rows(data: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset 
     if data.num_validation_phantoms:
         validation.append(phantom_dataset(data.num_validation_phantoms, size=size, seed=seed, split="val"))
     train_rows = concatenate_rows(train)
+    if data.paired_only:
+        tables = train_rows.select_columns(["image", "report"]).with_format("arrow").iter(batch_size=1000)
+        is_pair = [pc.and_(pc.is_valid(table["image"]), pc.is_valid(table["report"])).to_numpy() for table in tables]
+        train_rows = train_rows.select(np.flatnonzero(np.concatenate(is_pair)))
+        if not len(train_rows):
+            raise ValueError("`paired_only`: no row to train on has both an image and a report.")
     validation_rows = concatenate_rows(validation) if validation else None
     check_rows(*([train_rows] if validation_rows is None else [train_rows, validation_rows]))
     images = train_rows.select_columns("image").with_format("arrow").iter(batch_size=1000)

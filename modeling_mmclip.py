@@ -192,18 +192,18 @@ def prompt_directions(prompt_embeds: Tensor) -> Tensor:
     return F.normalize(prompt_embeds[:, 0] - prompt_embeds[:, 1], dim=-1)
 
 
-def prompt_logits(image_embeds: Tensor, prompt_embeds: Tensor, logit_scale: Tensor) -> Tensor:
-    """How far each image (B, D) lies along the [`prompt_directions`] of F findings, (F, 2, D): logits (B, F)."""
-    return logit_scale * image_embeds @ prompt_directions(prompt_embeds).T
+def prompt_logits(image_embeds: Tensor, directions: Tensor, logit_scale: Tensor) -> Tensor:
+    """How far each image (B, D) lies along the [`prompt_directions`] (F, D): logits (B, F)."""
+    return logit_scale * image_embeds @ directions.T
 
 
-def local_prompt_logits(patch_embeds: Tensor, prompt_embeds: Tensor, logit_scale: Tensor) -> Tensor:
+def local_prompt_logits(patch_embeds: Tensor, directions: Tensor, logit_scale: Tensor) -> Tensor:
     """As [`prompt_logits`], but the patches answer: does any of them say "there is X" rather than "there is no X"?
 
     `patch_embeds` (B, N, D) are projected and L2-normalised. "Any" is the soft maximum log(mean(exp(.))) over the
     patches, as in multiple-instance learning. Returns (B, F).
     """
-    margins = logit_scale * torch.einsum("bnd,fd->bfn", patch_embeds, prompt_directions(prompt_embeds))
+    margins = logit_scale * torch.einsum("bnd,fd->bfn", patch_embeds, directions)
     return margins.logsumexp(dim=-1) - math.log(margins.shape[-1])
 
 
@@ -1397,7 +1397,8 @@ class MMCLIPForPreTraining(MMCLIPModel):
         """What images (`prompt`) and their patches (`local`) say of F findings, (B, F) each, and images of the sides of
         S of them (`side`, (B, S)), as far as it counts. Of `prompt_embeds` (F + S, 2, D) the first are the F."""
         scale, logits = self.similarity_scale(), {}
-        findings, sides = prompt_embeds[:num_findings], prompt_embeds[num_findings:]
+        directions = prompt_directions(prompt_embeds)
+        findings, sides = directions[:num_findings], directions[num_findings:]
         if self.config.prompt_weight > 0:
             logits["prompt"] = prompt_logits(rows.image_embeds, findings, scale)
         if self.config.local_weight > 0:

@@ -11,7 +11,6 @@ is measured; the batch itself is made once, so the time of loading data is not i
 minutes and 15 GB. `--quick` only shows that it runs.
 """
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -28,11 +27,13 @@ from benchmark_tools import add_processor_time, argument_parser, in_turns, machi
 from MMCLIP.modeling_mmclip import (
     contrastive_loss,
     finding_loss,
+    local_prompt_logits,
     masked_patch_loss,
     masked_token_loss,
     normalise_patches,
     patchify,
     prompt_directions,
+    prompt_logits,
     select_masked_patches,
 )
 from torch import Tensor, nn
@@ -208,10 +209,9 @@ def naive_loss(model: MMCLIPForPreTraining, batch: dict) -> Tensor:
 
 def prompt_losses(model: MMCLIPForPreTraining, batch: dict, image_embeds: Tensor, patch_tokens: Tensor) -> Tensor:
     embeds = model.embed_prompts(batch["prompt_input_ids"], batch["prompt_attention_mask"])
-    directions = model.similarity_scale() * prompt_directions(embeds)  # (F, D)
-    of_patches = (model.project_image(patch_tokens) @ directions.T).logsumexp(dim=1) - math.log(model.num_patches)
-    labels = batch["prompt_labels"]
-    return finding_loss(image_embeds @ directions.T, labels) + finding_loss(of_patches, labels)
+    directions, scale, labels = prompt_directions(embeds), model.similarity_scale(), batch["prompt_labels"]
+    of_patches = local_prompt_logits(model.project_image(patch_tokens), directions, scale)
+    return finding_loss(prompt_logits(image_embeds, directions, scale), labels) + finding_loss(of_patches, labels)
 
 
 class Trained:

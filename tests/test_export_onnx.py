@@ -327,8 +327,9 @@ def test_a_convolutional_tower_takes_its_ranges_from_another_split_of_the_manife
 # ----------------------------------------------------------------------------------------------- left as it was, towers
 
 
-def test_a_model_in_training_and_half_precision_is_exported_in_float32_and_left_as_it_was(tmp_path):
-    model, processor = tiny(model_class=MMCLIPForPreTraining, text_pooling="cls", image_pooling="max")
+@pytest.mark.parametrize("text_pooling", ["cls", "max"])
+def test_a_model_in_training_and_half_precision_is_exported_in_float32_and_left_as_it_was(tmp_path, text_pooling):
+    model, processor = tiny(model_class=MMCLIPForPreTraining, text_pooling=text_pooling, image_pooling="max")
     model = model.to(torch.bfloat16).train()
     before = {name: parameter.clone() for name, parameter in model.state_dict().items()}
     attention = model.vision_model.config._attn_implementation

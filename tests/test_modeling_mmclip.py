@@ -19,6 +19,7 @@ from MMCLIP.modeling_mmclip import (
     masked_token_loss,
     normalise_patches,
     patchify,
+    prompt_directions,
     prompt_logits,
     select_masked_patches,
 )
@@ -112,7 +113,7 @@ def test_contrastive_loss_of_a_batch_without_any_image_is_zero_with_zero_gradien
 def test_prompt_loss_counts_only_known_findings():
     image = torch.tensor([[1.0, 0.0]])
     prompts = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]])
-    logits = prompt_logits(image, prompts, math.sqrt(2) * ONE)
+    logits = prompt_logits(image, prompt_directions(prompts), math.sqrt(2) * ONE)
     torch.testing.assert_close(logits, torch.tensor([[1.0, -1.0]]))
     known_first = finding_loss(logits, torch.tensor([[1.0, -100.0]]))
     assert known_first.item() == pytest.approx(math.log1p(math.exp(-1)) / 4)
@@ -124,9 +125,8 @@ def test_prompt_loss_counts_only_known_findings():
 def test_how_close_the_texts_of_a_prompt_pair_are_does_not_matter():
     far = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     close = torch.nn.functional.normalize(torch.tensor([[[1.01, 1.0], [1.0, 1.01]]]), dim=-1)
-    image, patches = torch.tensor([[0.6, 0.8]]), torch.tensor([[[0.6, 0.8], [1.0, 0.0]]])
-    torch.testing.assert_close(prompt_logits(image, close, ONE), prompt_logits(image, far, ONE))
-    torch.testing.assert_close(local_prompt_logits(patches, close, ONE), local_prompt_logits(patches, far, ONE))
+    torch.testing.assert_close(prompt_directions(far), torch.tensor([[1.0, -1.0]]) / math.sqrt(2))
+    torch.testing.assert_close(prompt_directions(close), prompt_directions(far))
 
 
 def test_finding_loss_is_a_rank_part_and_a_balanced_sign_part():
@@ -168,7 +168,7 @@ def test_local_prompt_loss_takes_the_soft_maximum_over_the_patches():
     prompts = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     patches = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # margins 1 and -1
     logit = math.log((math.e + 1 / math.e) / 2)
-    logits = local_prompt_logits(patches, prompts, math.sqrt(2) * ONE)
+    logits = local_prompt_logits(patches, prompt_directions(prompts), math.sqrt(2) * ONE)
     loss = finding_loss(logits, torch.tensor([[1.0]]))
     assert loss.item() == pytest.approx(math.log1p(math.exp(-logit)) / 4)
     assert finding_loss(logits, torch.tensor([[-100.0]])).item() == 0

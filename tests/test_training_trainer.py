@@ -40,6 +40,8 @@ CONFIG = {
     "prompt_labels": ["pleural effusion", "cardiomegaly"],
     "vision_config": {"model_type": "vit", "num_channels": 1, "image_size": 32, "patch_size": 8, **TOWER},
     "text_config": {"model_type": "bert", "max_position_embeddings": 96, **TOWER},
+    **dict.fromkeys(("mim_weight", "mlm_weight", "prompt_weight", "local_weight"), 1.0),
+    **dict.fromkeys(("mim_row_ratio", "mlm_row_ratio"), 1.0),
     "projection_dim": 16,
     "decoder_hidden_size": 16,
     "decoder_num_layers": 1,

@@ -213,7 +213,8 @@ def test_the_full_recipe_asks_for_its_paths_and_takes_them(tmp_path):
     assert len(lines) == len(keys)
     # a list has its reasons beside its items, and the weights share one
     without = {line.partition(":")[0] for line in lines if "#" not in line}
-    assert {key for key in without if not key.endswith(("_weight", "_row_ratio"))} <= {"train_manifest"}
+    weights = {f"{name}_weight" for name in ("mim", "mlm", "local", "side")}
+    assert without <= {"train_manifest", *weights, "mim_row_ratio", "mlm_row_ratio"}
 
 
 def test_curves_go_to_tensorboard_where_it_is_installed_and_nowhere_else(monkeypatch, tmp_path):

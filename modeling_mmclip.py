@@ -183,6 +183,17 @@ def contrastive_loss(
     return _mean_over_processes(total, 2 * count_per_process(has_image.sum()))
 
 
+def check_prompts(prompt_input_ids: Tensor, prompt_labels: Tensor | None, side_labels: Tensor | None) -> None:
+    """Raises ValueError unless the texts (2F + 2S, T') are pairs for the columns of the labels (B, F) and (B, S)."""
+    shapes = [labels.shape for labels in (prompt_labels, side_labels) if labels is not None]
+    num_pairs = sum(num_columns for _, num_columns in shapes)
+    if prompt_labels is None or len(prompt_input_ids) != 2 * num_pairs:
+        raise ValueError(
+            f"`prompt_input_ids` are {len(prompt_input_ids)} texts, but must be two for each column of "
+            f"`prompt_labels` (B, F) and then of `side_labels` (B, S), which are {[*map(tuple, shapes)]}."
+        )
+
+
 def prompt_directions(prompt_embeds: Tensor) -> Tensor:
     """From "there is no X" to "there is X": L2-normalised pairs (F, 2, D), present first, -> (F, D) of length 1.
 
@@ -1205,13 +1216,7 @@ class MMCLIPForPreTraining(MMCLIPModel):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if prompt_input_ids is not None:
-            shapes = [labels.shape for labels in (prompt_labels, side_labels) if labels is not None]
-            num_pairs = sum(num_columns for _, num_columns in shapes)
-            if prompt_labels is None or len(prompt_input_ids) != 2 * num_pairs:
-                raise ValueError(
-                    f"`prompt_input_ids` are {len(prompt_input_ids)} texts, but must be two for each column of "
-                    f"`prompt_labels` (B, F) and then of `side_labels` (B, S), which are {[*map(tuple, shapes)]}."
-                )
+            check_prompts(prompt_input_ids, prompt_labels, side_labels)
         sizes = rows_per_process(len(pixel_values), pixel_values.device)  # first, while nothing has to be waited for
 
         prompt_embeds = None

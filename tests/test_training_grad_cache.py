@@ -88,6 +88,14 @@ def test_a_loss_that_is_switched_off_is_off_here_too(fields):
     assert all(not found[name].any() for name in found.keys() - expected.keys())
 
 
+def test_prompts_that_do_not_fit_their_labels_are_refused_here_too():
+    for name in ("side_labels", "prompt_labels"):
+        batch = make_batch()
+        del batch[name]
+        with pytest.raises(ValueError, match="two for each column of `prompt_labels`"):
+            cached_backward(make_model(), batch, 2)
+
+
 def test_the_factor_scales_the_gradient_and_what_is_there_already_stays():
     batch, model = make_batch(), make_model()
     expected = plain(model, batch)[2]

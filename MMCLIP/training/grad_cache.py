@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from ..modeling_mmclip import MMCLIPForPreTraining, count_per_process, num_rebuilt_rows, rows_per_process
+from ..modeling_mmclip import MMCLIPForPreTraining, check_prompts, count_per_process, num_rebuilt_rows, rows_per_process
 
 
 def cached_backward(
@@ -42,6 +42,9 @@ def cached_backward(
         batch["mim_noise"] = torch.rand(len(pixel_values), model.num_patches, device=pixel_values.device)
     sizes = rows_per_process(len(pixel_values), pixel_values.device)
     num_hidden = _num_hidden(model, batch, chunk_size)
+
+    if prompts[0] is not None:
+        check_prompts(prompts[0], labels, sides)
 
     prompt_embeds = prompt_leaf = None
     if prompts[0] is not None and (model.config.prompt_weight > 0 or model.config.local_weight > 0):

@@ -797,12 +797,14 @@ class MMCLIPImageProcessor(PilBackend):
             return list(images)
         return [images]
 
-    def resize_heatmap(self, attention: Any, original_size: tuple[int, int]) -> np.ndarray:
+    def resize_heatmap(self, attention: Any, original_size: tuple[int, int], smooth: bool = True) -> np.ndarray:
         """Lays a map over the patches back on the image it came from: (height, width) float32.
 
         `attention` is (N,), row by row over a square grid, or (rows, columns), array or tensor; `original_size` is
-        (height, width) of the image before processing. The padding is cut off and the rest is interpolated linearly,
-        so values stay within their range; they are not rescaled.
+        (height, width) of the image before processing. With `smooth` each patch is averaged with its neighbours first,
+        weighted 1, 2, 1 both ways: one patch alone often holds most of the attention to a lesion that covers several,
+        its border. The padding is cut off before, and the rest is interpolated linearly, so values stay within their
+        range; they are not rescaled.
         """
         if isinstance(attention, torch.Tensor):
             attention = attention.detach().cpu().float().numpy()
@@ -826,8 +828,24 @@ class MMCLIPImageProcessor(PilBackend):
             top, left, new_height, new_width = _fitted_box((height, width), target)
             rows, columns = grid.shape[0] / target[0], grid.shape[1] / target[1]  # grid cells per pixel of `size`
             box = (left * columns, top * rows, (left + new_width) * columns, (top + new_height) * rows)
-        resized = Image.fromarray(grid).resize((width, height), Image.Resampling.BILINEAR, box=box)
-        return np.array(resized)
+        # patches that lie in the padding have no part in the map
+        first_column, first_row = (math.floor(start + 1e-6) for start in box[:2])
+        grid = grid[first_row : math.ceil(box[3] - 1e-6), first_column : math.ceil(box[2] - 1e-6)]
+        box = (box[0] - first_column, box[1] - first_row, box[2] - first_column, box[3] - first_row)
+        if smooth:
+            grid = _smoothed(grid)
+        resized = Image.fromarray(np.ascontiguousarray(grid))
+        return np.array(resized.resize((width, height), Image.Resampling.BILINEAR, box=box))
+
+
+def _smoothed(grid: np.ndarray) -> np.ndarray:
+    """(rows, columns), each value averaged with its neighbours, 1, 2, 1 both ways, and at the border with itself."""
+    for axis in (0, 1):
+        padding = [(0, 0), (0, 0)]
+        padding[axis] = (1, 1)
+        padded = np.moveaxis(np.pad(grid, padding, mode="edge"), axis, 0)
+        grid = np.moveaxis((padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4, 0, axis)
+    return grid
 
 
 def _fitted_box(original: tuple[int, int], target: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -165,9 +165,9 @@ class MMCLIPProcessor(ProcessorMixin):
                 f"max_position_embeddings for {limit}. Set `processor.tokenizer.model_max_length = {limit}`."
             )
 
-    def resize_heatmap(self, attention: Any, original_size: tuple[int, int]) -> np.ndarray:
+    def resize_heatmap(self, attention: Any, original_size: tuple[int, int], smooth: bool = True) -> np.ndarray:
         """Lays (N,) or (rows, columns) patch values over the image they came from, see the image processor."""
-        return self.image_processor.resize_heatmap(attention, original_size)
+        return self.image_processor.resize_heatmap(attention, original_size, smooth)
 
     @property
     def model_input_names(self) -> list[str]:

@@ -18,7 +18,7 @@ done
 # choices: every row, three seeds
 "$python" examples/run_ablation.py examples/configs/ablation_phantoms_unpaired.yaml --output_dir "$output" \
     --budget time --jobs "$jobs" --seeds 0 1 2
-for bench in low mid long; do
+for bench in low low_long mid long; do
     "$python" examples/run_ablation.py "examples/configs/ablation_phantoms_$bench.yaml" --output_dir "$output" \
         --budget time --jobs "$jobs"
 done

@@ -276,8 +276,15 @@ def test_a_heatmap_lands_where_its_patch_came_from(processor):
 
 
 def test_a_heatmap_is_interpolated_between_patch_centres():
-    heatmap = MMCLIPImageProcessor(size=4).resize_heatmap([0.0, 1.0, 0.0, 1.0], (4, 4))
+    heatmap = MMCLIPImageProcessor(size=4).resize_heatmap([0.0, 1.0, 0.0, 1.0], (4, 4), smooth=False)
     np.testing.assert_allclose(heatmap, [[0, 0.25, 0.75, 1]] * 4, atol=1e-6)
+
+
+def test_a_patch_of_a_heatmap_is_averaged_with_its_neighbours():
+    grid = np.zeros((4, 4))
+    grid[1, 1], grid[3, 3] = 16, 16
+    heatmap = MMCLIPImageProcessor(size=4).resize_heatmap(grid, (4, 4))
+    np.testing.assert_allclose(heatmap, [[1, 2, 1, 0], [2, 4, 2, 0], [1, 2, 2, 3], [0, 0, 3, 9]])
 
 
 def test_a_heatmap_of_a_padded_image_leaves_the_bars_out():
@@ -285,9 +292,10 @@ def test_a_heatmap_of_a_padded_image_leaves_the_bars_out():
     grid[[0, 3]] = 9  # rows that lie in the black bars of an 8 x 16 image
     grid[1:3] = [0, 0, 1, 1]
     heatmap = MMCLIPImageProcessor(size=8).resize_heatmap(grid, (8, 16))
-    assert heatmap[4, 0] < 1 and heatmap[3:5, 12:].min() > heatmap[3:5, :4].max()
-    unpadded = MMCLIPImageProcessor(size=8, do_pad=False).resize_heatmap(grid, (8, 16))
-    assert unpadded[0, 0] == 9
+    np.testing.assert_allclose(heatmap[:, [0, 6, 9, 15]], [[0, 0.3125, 0.6875, 1]] * 8)
+    unpadded = MMCLIPImageProcessor(size=8, do_pad=False)
+    assert unpadded.resize_heatmap(grid, (8, 16), smooth=False)[0, 0] == 9
+    assert unpadded.resize_heatmap(grid, (8, 16))[0, 0] == 0.75 * 9
 
 
 def test_heatmaps_of_impossible_shape_are_refused(processor):

@@ -15,7 +15,7 @@ from .bench import Bench, with_table
 
 
 def step_costs(
-    bench: Bench, rows: Sequence[str], num_rounds: int = 7, table: Path | None = None
+    bench: Bench, rows: Sequence[str], num_rounds: int = 21, table: Path | None = None
 ) -> dict[str, dict[str, float]]:
     """Row -> stage -> seconds of processor time of one step: reading, collating, forward, backward and optimiser.
 

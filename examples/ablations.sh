@@ -18,7 +18,14 @@ done
 # choices: every row, three seeds
 "$python" examples/run_ablation.py examples/configs/ablation_phantoms_unpaired.yaml --output_dir "$output" \
     --budget time --jobs "$jobs" --seeds 0 1 2
-for bench in low low_long mid long; do
+# a text tower that knows how reports are worded, for the text bench: EntMLM alone on 5,000 other phantoms
+if [ ! -d outputs/text_tower/checkpoint ]; then
+    "$python" examples/run_pretrain.py examples/configs/phantom_tiny.yaml --output_dir outputs/text_tower \
+        --phantom_seed 100 --num_unpaired_phantoms 0 --num_validation_phantoms 0 --max_steps 1200 \
+        --contrastive_weight 0 --prompt_weight 0 --local_weight 0 --mim_weight 0 --mlm_weight 1 --mlm_row_ratio 1 \
+        --eval_strategy no --save_strategy no --load_best_model_at_end false
+fi
+for bench in low low_long text mid long; do
     "$python" examples/run_ablation.py "examples/configs/ablation_phantoms_$bench.yaml" --output_dir "$output" \
         --budget time --jobs "$jobs"
 done

@@ -41,6 +41,9 @@ MEASURED = {
         "image_b_onnx_speedup", "image_b_int8_speedup", "image_b_onnx_plain_speedup", "image_b_bfloat16_speedup",
         "image_b_onnx_8_speedup", "image_b_rate", "text_b_onnx_speedup", "text_b_int8_speedup", "text_b_rate_torch",
     },
+    "pretraining_heads": {
+        "mlm_loss_own", "mlm_loss_other", "mlm_accuracy_own", "mlm_accuracy_other", "mim_loss_own", "mim_loss_other",
+    },
     "encoding": {
         "images_speedup_1024", "images_speedup_256", "images_rate_1024", "preprocessing_speedup_256",
         "image_tower_speedup", "preprocessing_share_1024", "texts_speedup", "texts_rate", "texts_rate_clip_77",

@@ -33,6 +33,8 @@ def cached_backward(
     batch = dict(batch)
     prompts = [batch.pop(name, None) for name in ("prompt_input_ids", "prompt_attention_mask")]
     labels, sides, group_ids = (batch.pop(name, None) for name in ("prompt_labels", "side_labels", "group_ids"))
+    if prompts[0] is not None:
+        check_prompts(prompts[0], labels, sides)
     pixel_values = batch["pixel_values"]
     if batch.get("has_image") is None:
         batch["has_image"] = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
@@ -42,9 +44,6 @@ def cached_backward(
         batch["mim_noise"] = torch.rand(len(pixel_values), model.num_patches, device=pixel_values.device)
     sizes = rows_per_process(len(pixel_values), pixel_values.device)
     num_hidden = _num_hidden(model, batch, chunk_size)
-
-    if prompts[0] is not None:
-        check_prompts(prompts[0], labels, sides)
 
     prompt_embeds = prompt_leaf = None
     if prompts[0] is not None and (model.config.prompt_weight > 0 or model.config.local_weight > 0):

@@ -5,6 +5,7 @@ the text. What do they lose with the image, or the text, of another phantom? 1,0
 which no training has seen. `--quick` takes an untrained model and 20 phantoms.
 """
 
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ def measure(model: MMCLIPForPreTraining, processor: MMCLIPProcessor, num_phantom
     collator = MMCLIPCollator(processor, model.num_patches)
     model.eval()
     model.config.mim_row_ratio = model.config.mlm_row_ratio = 1.0
-    totals = dict.fromkeys(MEASURES, 0.0)
+    totals: dict[str, float] = defaultdict(float)
     num_words = num_rows = 0
     for batch in DataLoader(MMCLIPDataset(rows), batch_size=50, collate_fn=collator):
         labels = batch["mlm_labels"]
@@ -50,18 +51,17 @@ def measure(model: MMCLIPForPreTraining, processor: MMCLIPProcessor, num_phantom
         num_words, num_rows = num_words + len(labels), num_rows + len(batch["pixel_values"])
         with torch.no_grad():
             own = model(**batch)
-            other_image = model(**others(batch, "pixel_values"))
-            # the patches that are hidden stay those of the own text: only what may be looked at changes
-            other_text = model(**others(batch, *TEXT), bool_masked_pos=own.bool_masked_pos)
-        if model.config.mlm_weight > 0:
-            for key, output in (("own", own), ("other", other_image)):
-                totals[f"mlm_loss_{key}"] += output.loss_info["mlm"].item() * len(labels)
-                totals[f"mlm_accuracy_{key}"] += (output.mlm_logits.argmax(dim=-1) == labels).sum().item()
-        if model.config.mim_weight > 0:
-            for key, output in (("own", own), ("other", other_text)):
-                totals[f"mim_loss_{key}"] += output.loss_info["mim"].item() * len(batch["pixel_values"])
-    counts = {"mlm": num_words * (model.config.mlm_weight > 0), "mim": num_rows * (model.config.mim_weight > 0)}
-    return {name: total / counts[name[:3]] for name, total in totals.items() if counts[name[:3]]}
+            if model.config.mlm_weight > 0:
+                for key, output in (("own", own), ("other", model(**others(batch, "pixel_values")))):
+                    totals[f"mlm_loss_{key}"] += output.loss_info["mlm"].item() * len(labels)
+                    totals[f"mlm_accuracy_{key}"] += (output.mlm_logits.argmax(dim=-1) == labels).sum().item()
+            if model.config.mim_weight > 0:
+                # the patches that are hidden stay those of the own text: only what may be looked at changes
+                other = model(**others(batch, *TEXT), bool_masked_pos=own.bool_masked_pos)
+                for key, output in (("own", own), ("other", other)):
+                    totals[f"mim_loss_{key}"] += output.loss_info["mim"].item() * len(batch["pixel_values"])
+    counts = {"mlm": num_words, "mim": num_rows}
+    return {name: totals[name] / counts[name[:3]] for name in MEASURES if name in totals}
 
 
 def main() -> None:

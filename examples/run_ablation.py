@@ -14,6 +14,7 @@ import json
 import os
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -57,14 +58,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def steps_of_rows(bench: Bench, rows: list[str], budget: str, folder: Path, table: Path | None) -> dict:
-    """Row -> stage -> steps. Costs are measured once and kept, so that a bench that goes on has the same steps."""
+    """Row -> stage -> steps. Costs are measured once and kept, so that a bench that goes on has the same steps.
+
+    Costs of rows that come later are scaled by the median of what the earlier ones cost then and now.
+    """
     if budget == "steps":
         return equal_steps(bench, rows)
     path = folder / "costs.json"
     costs = json.loads(path.read_text()) if path.exists() else {}
     if missing := [row for row in rows if row not in costs]:
-        found = step_costs(bench, list(dict.fromkeys([bench.reference, *missing])), table=table)
-        scale = costs.get(bench.reference, found[bench.reference])["main"] / found[bench.reference]["main"]
+        known = [row for row in costs if row in bench.rows] or [bench.reference]
+        found = step_costs(bench, list(dict.fromkeys([*known, *missing])), table=table)
+        scale = statistics.median(costs.get(row, found[row])["main"] / found[row]["main"] for row in known)
         scaled = {row: {stage: cost * scale for stage, cost in stages.items()} for row, stages in found.items()}
         costs = scaled | costs
         path.write_text(json.dumps(costs, indent=2) + "\n")

@@ -138,6 +138,32 @@ def test_rows_of_equal_time_get_steps_by_what_a_step_costs(tmp_path):
     assert equal_steps(bench, ["plain"]) == {"plain": {"main": 100}}
 
 
+def test_costs_are_kept_and_those_of_later_rows_are_scaled_by_all_that_is_known(tmp_path, monkeypatch):
+    import run_ablation
+
+    rows = {name: {} for name in ("plain", "second", "third", "new")}
+    bench = load_bench(write(tmp_path, steps=100, rows=rows))
+    first = {name: {"main": 1.0} for name in ("plain", "second", "third")}
+    # a machine at half the speed, and one row of which the measurement went wrong
+    then = {"plain": {"main": 9.0}, "second": {"main": 2.0}, "third": {"main": 2.0}, "new": {"main": 4.0}}
+    measured_rows = []
+
+    def costs_of(bench, rows, table):
+        measured_rows.append(rows)
+        return {row: (then if "new" in rows else first)[row] for row in rows}
+
+    monkeypatch.setattr(run_ablation, "step_costs", costs_of)
+    steps = run_ablation.steps_of_rows(bench, ["plain", "second", "third"], "time", tmp_path, None)
+    assert steps == {name: {"main": 100} for name in first}
+    (tmp_path / "costs.json").write_text(json.dumps({**first, "no longer a row": {"main": 1.0}}))
+    for _ in range(2):
+        assert run_ablation.steps_of_rows(bench, ["plain", "new"], "time", tmp_path, None) == {
+            "plain": {"main": 100},
+            "new": {"main": 50},
+        }
+    assert measured_rows == [["plain", "second", "third"], ["plain", "second", "third", "new"]]
+
+
 def test_a_stage_before_the_other_takes_its_share_and_sets_its_own_keys(tmp_path):
     staged = {"mlm_weight": 0, "first": {"share": 0.25, "contrastive_weight": 0, "learning_rate": 0.5}}
     bench = load_bench(write(tmp_path, steps=100, rows={"plain": {}, "staged": staged}))

@@ -118,17 +118,18 @@ def test_a_summary_pairs_rows_by_seed_and_leaves_out_what_is_not_known():
     assert summary["full"]["auroc"]["difference"] == pytest.approx(0.15) and summary["full"]["auroc"]["num_seeds"] == 2
     assert "side" not in summary["full"] and "difference" not in summary["plain"]["auroc"]
     table = markdown_table(summary, ["plain", "full", "not run"], ["auroc", "side"])
-    assert "| plain | 0.750 |  |  |  |" in table and "| full | 0.600 | +0.150 (-0.485 to +0.785) | 0.2 |" in table
+    assert "| plain | 2 | 0.750 |  |  |  |" in table
+    assert "| full | 3 | 0.600 | +0.150 (-0.485 to +0.785) | 0.2 |" in table
     assert "not run" not in table
 
 
 def test_a_measure_behind_the_first_is_marked_where_its_interval_excludes_zero():
     def cell(*ci):
-        return {"mean": 0.5, "sd": 0.1, "difference": 0.1, "ci": list(ci) or None, "p_value": None}
+        return {"mean": 0.5, "sd": 0.1, "num_runs": 4, "difference": 0.1, "ci": list(ci) or None, "p_value": None}
 
     summary = {"full": {"a": cell(), "b": cell(0.05, 0.2), "c": cell(-0.2, -0.1), "d": cell(-0.1, 0.2)}}
     line = markdown_table(summary, ["full"], list("abcd")).splitlines()[-1]
-    assert line == "| full | 0.500 | +0.100 |  | 0.500 + | 0.500 - | 0.500 |"
+    assert line == "| full | 4 | 0.500 | +0.100 |  | 0.500 + | 0.500 - | 0.500 |"
 
 
 def test_rows_of_equal_time_get_steps_by_what_a_step_costs(tmp_path):

@@ -21,7 +21,7 @@ def draw_bench(runs: Sequence[Mapping], summary: Mapping, bench: Bench, name: st
 
 
 def _draw_differences(runs, summary, rows, reference: str, measure: str, path: Path) -> Path:
-    figure, ((axis,),) = subplots(1, 1, 7, 0.8 + 0.34 * len(rows))
+    figure, ((axis,),) = subplots(1, 1, 7, 1 + 0.34 * len(rows))
     known = {(run["row"], run["seed"]): run["measures"].get(measure) for run in runs}
     for place, row in enumerate(rows):
         cell = summary[row].get(measure, {})
@@ -36,7 +36,7 @@ def _draw_differences(runs, summary, rows, reference: str, measure: str, path: P
     axis.axvline(0, color="0.4", linewidth=0.8, linestyle="--")
     axis.set_yticks(range(len(rows)), rows)
     axis.invert_yaxis()
-    axis.set_xlabel(f"{measure} less that of {reference!r}: mean, 95 % interval, and each seed")
+    axis.set_xlabel(f"{measure} less that of {reference!r}:\nmean, 95 % interval, and each seed")
     return save_figure(figure, path)
 
 

@@ -25,9 +25,10 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> di
 
 
 def summarise(runs: Sequence[Mapping], measures: Sequence[str], reference: str) -> dict[str, dict]:
-    """Row -> measure -> mean, sd over seeds and, but for the reference, the [`paired_difference`] on shared seeds.
+    """Row -> measure -> mean, sd over its `num_runs` seeds and, but for the reference, the [`paired_difference`].
 
-    `runs` are lines of the results file: `row`, `seed` and `measures`; a measure that is None in a run is left out.
+    That is of the seeds which the row shares with the reference. `runs` are lines of the results file: `row`, `seed`
+    and `measures`; a measure that is None in a run is left out.
     """
     values: dict[str, dict[str, dict[int, float]]] = {}
     for run in runs:
@@ -39,6 +40,7 @@ def summarise(runs: Sequence[Mapping], measures: Sequence[str], reference: str) 
         for name, by_seed in by_measure.items():
             known = list(by_seed.values())
             cell = {"mean": float(np.mean(known)), "sd": float(np.std(known, ddof=1)) if len(known) > 1 else None}
+            cell["num_runs"] = len(known)
             others = values.get(reference, {}).get(name, {})
             shared = sorted(by_seed.keys() & others.keys())
             if row != reference and shared:
@@ -48,11 +50,11 @@ def summarise(runs: Sequence[Mapping], measures: Sequence[str], reference: str) 
 
 
 def markdown_table(summary: Mapping, rows: Sequence[str], measures: Sequence[str]) -> str:
-    """A line for each row that was run: the first measure with its difference from the reference, 95 % interval and
-    p-value, the others with + or - behind the mean where the interval of their difference lies above or below 0."""
+    """A line for each row that was run: its seeds, the first measure with its difference from the reference, 95 %
+    interval and p-value, the others with + or - behind the mean where the interval of their difference excludes 0."""
     first, *others = measures
-    lines = [f"| row | {first} | difference (95 %) | p | {' | '.join(others)}{' |' if others else ''}"]
-    lines.append("| --- |" + " --- |" * (3 + len(others)))
+    lines = [f"| row | seeds | {first} | difference (95 %) | p | {' | '.join(others)}{' |' if others else ''}"]
+    lines.append("| --- |" + " --- |" * (4 + len(others)))
     for row in rows:
         if row in summary:
             cells = [*_first_cells(summary[row].get(first)), *(_cell(summary[row].get(name)) for name in others)]
@@ -60,14 +62,15 @@ def markdown_table(summary: Mapping, rows: Sequence[str], measures: Sequence[str
     return "\n".join(lines) + "\n"
 
 
-def _first_cells(cell: Mapping | None) -> tuple[str, str, str]:
+def _first_cells(cell: Mapping | None) -> tuple[str, str, str, str]:
     if cell is None:
-        return "", "", ""
+        return "", "", "", ""
+    known = str(cell["num_runs"]), f"{cell['mean']:.3f}"
     if "difference" not in cell:
-        return f"{cell['mean']:.3f}", "", ""
+        return *known, "", ""
     interval = "" if cell["ci"] is None else f" ({cell['ci'][0]:+.3f} to {cell['ci'][1]:+.3f})"
     p_value = "" if cell["p_value"] is None else f"{cell['p_value']:.1g}"
-    return f"{cell['mean']:.3f}", f"{cell['difference']:+.3f}{interval}", p_value
+    return *known, f"{cell['difference']:+.3f}{interval}", p_value
 
 
 def _cell(cell: Mapping | None) -> str:

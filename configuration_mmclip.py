@@ -103,7 +103,7 @@ class MMCLIPConfig(PretrainedConfig):
     mim_attended_share (`float`, *optional*, defaults to 0.9):
         Share of the hidden patches that comes from the more attended half of the image; the rest comes from the other
         half. 0.5 ignores the attention.
-    mim_row_ratio, mlm_row_ratio (`float`, *optional*, defaults to 0.25):
+    mim_row_ratio, mlm_row_ratio (`float`, *optional*, defaults to 0.125):
         Share of the rows of a batch that AttMIM and EntMLM see, its first ones. What is saved buys more steps.
     contrastive_weight, mim_weight, mlm_weight, prompt_weight, local_weight, side_weight (`float`, *optional*, defaults
         to 1, 0.5, 0.5, 4, 2 and 0.25): Factors of the image-text contrastive, AttMIM, EntMLM and disease-kind prompt
@@ -142,8 +142,8 @@ class MMCLIPConfig(PretrainedConfig):
     mim_text: bool = True
     mim_mask_ratio: float | int = 0.5
     mim_attended_share: float | int = 0.9
-    mim_row_ratio: float | int = 0.25
-    mlm_row_ratio: float | int = 0.25
+    mim_row_ratio: float | int = 0.125
+    mlm_row_ratio: float | int = 0.125
     contrastive_weight: float | int = 1.0
     mim_weight: float | int = 0.5
     mlm_weight: float | int = 0.5

@@ -16,7 +16,8 @@ done
 # choices of the full method: five seeds of what the paper claims, three of the others
 choices=examples/configs/ablation_phantoms_choices.yaml
 "$python" examples/run_ablation.py "$choices" --output_dir "$output" --budget time --jobs "$jobs" --rows \
-    "full, no AttMIM" "full, no EntMLM" "full, random patches" "full, random words" "full, an eighth of the rows rebuilt"
+    "full, no AttMIM" "full, no EntMLM" "full, random patches" "full, random words" "full, an eighth of the rows rebuilt" \
+    "full, 75 % of patches"
 "$python" examples/run_ablation.py "$choices" --output_dir "$output" --budget time --jobs "$jobs" --seeds 0 1 2
 # a text tower that knows how reports are worded, for the text bench: EntMLM alone on 5,000 other phantoms
 if [ ! -d outputs/text_tower/checkpoint ]; then
